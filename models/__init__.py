@@ -1,0 +1,5 @@
+"""Networks by name. Imports no other room; torch only to build one."""
+
+from models.registry import MODELS, build_model, input_shape, layer_units
+
+__all__ = ["MODELS", "build_model", "input_shape", "layer_units"]

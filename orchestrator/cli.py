@@ -1,0 +1,141 @@
+"""The command line. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from orchestrator.errors import ClusterError, UserError
+from storage.errors import QueryError, StoreError
+
+PROJECT_FILE = "prunesweep.toml"
+EXIT_CODES: dict[type[Exception], int] = {UserError: 2, QueryError: 2, ClusterError: 4, StoreError: 5}
+INTERRUPTED, FAILED_TASKS, INTERNAL = 130, 3, 1
+
+# command -> the module it is in: a command's imports are paid for only when it is run.
+COMMANDS = {
+    "run": "cli_run",
+    "plan": "cli_run",
+    "resume": "cli_run",
+    "submit": "cli_cluster",
+    "logs": "cli_cluster",
+    "stop": "cli_cluster",
+    "status": "cli_read",
+    "ls": "cli_read",
+    "query": "cli_read",
+    "corr": "cli_read",
+    "plot": "cli_read",
+    "studies": "cli_setup",
+    "prefetch": "cli_setup",
+    "doctor": "cli_setup",
+}
+HELP = {
+    "run": "Expand a spec or a study, run it, print the correlation table.",
+    "plan": "Say what would run: cells, tasks, shards, cost. Runs nothing.",
+    "resume": "Run exactly what a sweep has unfinished.",
+    "submit": "Run a spec as a job on a Ray cluster.",
+    "logs": "Show the output of a submitted sweep.",
+    "stop": "Stop a sweep; what is committed stays.",
+    "status": "Tasks of a sweep by cell: done, failed, pending.",
+    "ls": "List the sweeps of a store.",
+    "query": "Ask the store in SQL.",
+    "corr": "Does the loss after pruning predict the accuracy after retraining?",
+    "plot": "Draw the scatter of a sweep.",
+    "studies": "List the studies that ship with prunesweep, or show one.",
+    "prefetch": "Download data sets into the data root.",
+    "doctor": "Check this machine, the store and the data.",
+}
+
+
+class Commands(click.Group):
+    """The commands, each imported when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return getattr(import_module(f"orchestrator.{COMMANDS[cmd_name]}"), cmd_name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in COMMANDS:
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            ctx.fail(f"No such command '{args[0]}'.{hint} There are: {', '.join(COMMANDS)}.")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, HELP[name]) for name in COMMANDS])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="prunesweep")
+@click.option("--debug", is_flag=True, help="Show tracebacks and what Ray logs.")
+@click.pass_context
+def command_line(ctx: click.Context, debug: bool) -> None:
+    """Pruning sweeps: grids of prune-retrain tasks on Ray, one Parquet row each, answers in SQL.
+
+    \b
+    prunesweep run digits                     a study, on this machine
+    prunesweep run sweep.yaml --set grid.ratio=0.5
+    prunesweep corr digits                    the table again
+    prunesweep query "select * from cells"
+    prunesweep submit sweep.yaml --address http://head:8265
+
+    An option not given is taken from the environment (PRUNESWEEP_STORE, PRUNESWEEP_DATA_ROOT), then
+    from prunesweep.toml in the working directory, as `store = "results"`.
+    """
+    ctx.obj = {"debug": debug}
+    ctx.default_map = {name: _project_file() for name in COMMANDS}
+
+
+def _project_file() -> dict[str, Any]:
+    path = Path(PROJECT_FILE)
+    if not path.is_file():
+        return {}
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    unknown = sorted(set(found) - {"store", "data_root", "address"})
+    if unknown:
+        raise UserError(f"{path}: unknown key {unknown[0]}; allowed: store, data_root, address")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit with its code: a person's mistake is one message, never a traceback."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    try:
+        code = command_line.main(given, prog_name="prunesweep", standalone_mode=False)
+    except click.exceptions.Abort:
+        code = INTERRUPTED
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except tuple(EXIT_CODES) as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"prunesweep: {error}", err=True)
+        code = next(c for kind, c in EXIT_CODES.items() if isinstance(error, kind))
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except Exception as error:
+        traceback.print_exc()
+        click.echo(f"prunesweep: internal error, please report it: {type(error).__name__}: {error}", err=True)
+        code = INTERNAL
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,184 @@
+"""status, ls, query, corr, plot: reading a store. Neither torch nor ray is imported here."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from orchestrator.options import (
+    emit,
+    existing_store,
+    output_options,
+    store_option,
+    warn,
+    where_option,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from storage.store import Store
+
+DEFAULT_X, DEFAULT_Y = "pruned_train_loss", "best_test_accuracy"
+BEST_NOTE = "best picks the epoch on the test set, as the paper does; tau_last5 uses the mean of the last five epochs"
+
+x_option = click.option("--x", default=DEFAULT_X, show_default=True, help="What is to predict.")
+y_option = click.option("--y", default=DEFAULT_Y, show_default=True, help="What is to be predicted.")
+
+
+@click.command()
+@store_option
+@output_options
+def ls(store: str, form: str, output: Path | None) -> None:
+    """List the sweeps of a store.
+
+    \b
+    prunesweep ls
+    prunesweep ls --store s3://bucket/results -f json
+    """
+    from storage.sql import run_query
+
+    found = run_query(existing_store(store), "select * from sweeps order by sweep", warn)
+    emit(found, form, output)
+
+
+_STATUS = {
+    "cell": """select model, dataset, layers, coalesce(cast(pruning_ratio as varchar),
+                      array_to_string(ratios, '+')) as ratio, pruner, propagation, tasks, done, failed,
+                      pending from cells where sweep = {sweep} order by position""",
+    "shard": """select shard, count(*) as tasks, count(*) filter (where status = 'done') as done,
+                       count(*) filter (where status = 'failed') as failed,
+                       count(*) filter (where status = 'pending') as pending
+                from tasks where sweep = {sweep} group by shard order by min(position)""",
+}
+
+
+@click.command()
+@click.argument("sweep")
+@click.option("--by", type=click.Choice(list(_STATUS)), default="cell", show_default=True)
+@store_option
+@output_options
+def status(sweep: str, by: str, store: str, form: str, output: Path | None) -> None:
+    """Tasks of SWEEP by cell or by shard: done, failed, pending; and who is at work on it.
+
+    \b
+    prunesweep status digits
+    prunesweep status digits --by shard -f json
+    """
+    from orchestrator.plan import newest
+    from storage.sql import run_query
+
+    opened = existing_store(store)
+    newest(opened, sweep)
+    emit(run_query(opened, _STATUS[by].format(sweep=_quoted(sweep)), warn), form, output)
+    drivers = [d for d in opened.notes("drivers").values() if d["sweep"] == sweep]
+    for driver in drivers:
+        where = f"on {driver['host']}, process {driver['pid']}, since {driver['started_at'][:19]} UTC"
+        click.echo(f"a driver noted that it is at work {where}", err=True)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+@click.command()
+@click.argument("sql", required=False)
+@click.option("--file", "-i", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file.")
+@store_option
+@output_options
+def query(sql: str | None, file: Path | None, store: str, form: str, output: Path | None) -> None:
+    """Ask the store in SQL: one SELECT over its views. SQL may be - for standard input.
+
+    Views: attempts, rows, tasks, candidates, cells, sweeps, failures (`describe rows` shows columns).
+    Functions: kendall, spearman, pearson over two lists, and kendall_p, spearman_p, pearson_p.
+
+    \b
+    prunesweep query "select cell_id, kendall(list(pruned_train_loss),
+        list(best_test_accuracy)) as tau from candidates group by cell_id"
+    prunesweep query "describe rows"
+    prunesweep query "from failures" -f json
+    """
+    from storage.sql import run_query
+
+    if (sql is None) == (file is None):
+        raise click.UsageError("give the SQL, or --file FILE")
+    text = file.read_text() if file else str(sql)
+    text = sys.stdin.read() if text == "-" else text
+    emit(run_query(existing_store(store), text, warn), form, output)
+
+
+@click.command()
+@click.argument("sweep")
+@x_option
+@y_option
+@where_option
+@store_option
+@output_options
+def corr(sweep: str, x: str, y: str, where: str | None, store: str, form: str, output: Path | None) -> None:
+    """Per cell of SWEEP: Kendall's tau-b with p and n, Spearman, Pearson, the anomaly ratio.
+
+    Over candidates averaged across seeds, those with every planned seed done. X is measured right
+    after pruning, Y after retraining.
+
+    \b
+    prunesweep corr digits
+    prunesweep corr digits --y best_test_loss
+    prunesweep corr digits --x score_l1 -f latex
+    """
+    emit(correlations(existing_store(store), sweep, x, y, where), form, output)
+    if y.startswith("best_"):
+        click.echo(BEST_NOTE, err=True)
+
+
+def correlations(
+    store: Store, sweep: str, x: str = DEFAULT_X, y: str = DEFAULT_Y, where: str | None = None
+) -> pa.Table:
+    """The table of `corr`."""
+    from storage.correlate import BESIDE, cell_data, corr_table
+
+    beside = BESIDE if y == DEFAULT_Y else None
+    columns = (x, y, beside) if beside else (x, y)
+    return corr_table(cell_data(store, sweep, columns, where, warn), x, y, beside)
+
+
+@click.command()
+@click.argument("sweep")
+@x_option
+@y_option
+@where_option
+@store_option
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A .png, .pdf or .svg file; SWEEP.png if left out.")
+def plot(sweep: str, x: str, y: str, where: str | None, store: str, output: Path | None) -> None:
+    """Draw the scatter of SWEEP, one panel per cell, in the paper's form.
+
+    The lowest-loss candidate is a blue star; candidates better than it are red, the others green.
+
+    \b
+    prunesweep plot digits
+    prunesweep plot digits --y last5_test_accuracy_mean -o digits.pdf
+    """
+    from storage.correlate import cell_data
+    from storage.errors import QueryError
+    from storage.figures import FILES, scatter
+
+    path = output or Path(f"{sweep}.png")
+    if path.suffix not in FILES:
+        raise click.UsageError(f"{path}: allowed are {', '.join(FILES)}")
+    cells = [c for c in cell_data(existing_store(store), sweep, (x, y), where, warn) if len(c.candidate) > 1]
+    if not cells:
+        raise QueryError(f"sweep {sweep} has no cell with two finished candidates yet")
+    write_file(path, lambda: scatter(cells, x, y, path))
+    click.echo(str(path))
+    where_store = "" if store == "results" else f" --store {shlex.quote(store)}"
+    click.echo(
+        f"drew {len(cells)} cell{'s'[: len(cells) > 1]}. Try next:\n"
+        f"  prunesweep corr {sweep} --y last5_test_accuracy_mean{where_store}\n"
+        f"  prunesweep query \"from candidates order by best_test_accuracy desc limit 5\"{where_store}",
+        err=True,
+    )
+

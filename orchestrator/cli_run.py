@@ -1,0 +1,244 @@
+"""run, plan, resume."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.errors import UserError
+from orchestrator.options import (
+    absolute,
+    data_root_option,
+    emit,
+    existing_store,
+    inline_option,
+    output_options,
+    run_address_option,
+    set_option,
+    store_option,
+)
+
+if TYPE_CHECKING:
+    from orchestrator.documents import Document
+    from orchestrator.run import Options, Outcome
+    from storage.store import Store
+
+
+def _document(spec: str, overrides: tuple[str, ...]) -> Document:
+    from orchestrator.documents import open_document
+
+    document = open_document(spec)
+    for assignment in overrides:
+        document.override(assignment)
+    return document
+
+
+def _options(ctx: click.Context, data_root: str, address: str | None, inline: bool) -> Options:
+    from orchestrator.run import Options
+
+    return Options(absolute(data_root), None if inline else address, inline, ctx.obj["debug"])
+
+
+@click.command()
+@click.argument("spec")
+@set_option
+@store_option
+@data_root_option
+@run_address_option
+@inline_option
+@output_options
+@click.pass_context
+def run(
+    ctx: click.Context,
+    spec: str,
+    overrides: tuple[str, ...],
+    store: str,
+    data_root: str,
+    address: str | None,
+    inline: bool,
+    form: str,
+    output: Any,
+) -> None:
+    """Expand SPEC (a file, or a study's name), run it, and print the correlation table.
+
+    What the store has already is not run again: on a sweep that is there this is `resume`.
+
+    \b
+    prunesweep run digits
+    prunesweep run sweep.yaml --set grid.ratio=[0.2,0.4] --set retrain.epochs=3
+    prunesweep run sweep.yaml --store /shared/results --address auto
+    """
+    from orchestrator.run import run_spec
+    from storage.store import Store
+
+    document = _document(spec, overrides)
+    opened = Store(store)
+    name = str(document.data.get("name", spec))
+    options = _options(ctx, data_root, address, inline)
+    outcome = _or_say_how_to_resume(name, store, data_root, lambda: run_spec(opened, document, options))
+    _close(ctx, opened, outcome, form, output)
+
+
+@click.command()
+@click.argument("sweep")
+@click.option("--failed", is_flag=True, help="Only tasks that have a failed row.")
+@click.option("--where", metavar="SQL", help="Only tasks for which this holds, over the view `tasks`.")
+@click.option("--shard", metavar="ID", help="Only the tasks of one shard.")
+@store_option
+@data_root_option
+@run_address_option
+@inline_option
+@output_options
+@click.pass_context
+def resume(
+    ctx: click.Context,
+    sweep: str,
+    failed: bool,
+    where: str | None,
+    shard: str | None,
+    store: str,
+    data_root: str,
+    address: str | None,
+    inline: bool,
+    form: str,
+    output: Any,
+) -> None:
+    """Run exactly what SWEEP has unfinished: its tasks without a row `done`.
+
+    \b
+    prunesweep resume digits
+    prunesweep resume digits --failed
+    prunesweep resume digits --where "candidate < 10"
+    """
+    from orchestrator.plan import newest
+    from orchestrator.run import run_sweep
+
+    opened = existing_store(store)
+    manifest = newest(opened, sweep)
+    only = _chosen(opened, sweep, failed, where, shard)
+    options = _options(ctx, data_root, address, inline)
+    outcome = _or_say_how_to_resume(sweep, store, data_root, lambda: run_sweep(opened, manifest, options, only))
+    _close(ctx, opened, outcome, form, output)
+
+
+def _chosen(store: Store, sweep: str, failed: bool, where: str | None, shard: str | None) -> frozenset[str] | None:
+    """The task ids that --failed, --where and --shard leave; None when all are wanted."""
+    conditions = [f"({where})"] if where else []
+    conditions += ["status = 'failed'"] if failed else []
+    conditions += [f"shard = {_quoted(shard)}"] if shard else []
+    if not conditions:
+        return None
+    query = f"select task_id from tasks where sweep = {_quoted(sweep)} and {' and '.join(conditions)}"
+    found = frozenset(row[0] for row in store.sql(query).fetchall())
+    if shard and not found:
+        raise UserError(f"sweep {sweep} has no such task in a shard {shard}; `prunesweep status {sweep} --by shard`")
+    return found
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _or_say_how_to_resume(sweep: str, store: str, data_root: str, work: Callable[[], Outcome]) -> Outcome:
+    """`work`; when it is interrupted, what to type to go on."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        command = shlex.join(["prunesweep", "resume", sweep, "--store", store, "--data-root", data_root])
+        click.echo(f"\ninterrupted: what was committed stays. Go on with\n  {command}", err=True)
+        raise
+
+
+def _close(ctx: click.Context, store: Store, outcome: Outcome, form: str, output: Any) -> None:
+    """Print the table, then what went wrong; exit 3 if anything did."""
+    from orchestrator.cli import FAILED_TASKS
+    from orchestrator.cli_read import correlations
+
+    if outcome.done:
+        emit(correlations(store, outcome.sweep), form, output)
+    for problem in outcome.problems:
+        click.echo(f"problem: {problem}", err=True)
+    if outcome.complete:
+        click.echo(f"{outcome.sweep}: all {outcome.done} tasks done", err=True)
+        return
+    click.echo(
+        f"{outcome.sweep}: {outcome.done} tasks done, {outcome.failed} failed, {outcome.pending} pending. See\n"
+        f"  prunesweep query \"select * from failures\" --store {shlex.quote(store.location)}\n"
+        f"  prunesweep resume {outcome.sweep} --store {shlex.quote(store.location)}",
+        err=True,
+    )
+    sys.stdout.flush()
+    ctx.exit(FAILED_TASKS)
+
+
+@click.command()
+@click.argument("spec")
+@set_option
+@store_option
+@data_root_option
+@output_options
+def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form: str, output: Any) -> None:
+    """Say what `run SPEC` would do: one line per cell. Runs nothing, writes nothing.
+
+    \b
+    prunesweep plan lenet5-mini-conv1
+    prunesweep plan sweep.yaml --set grid.seed=[0,1,2] -f json
+    """
+    import pyarrow as pa
+
+    from orchestrator.plan import check, estimate, plan_of_spec
+    from storage.store import Store
+
+    document = _document(spec, overrides)
+    checked = check(document, absolute(data_root))
+    opened = Store(store)
+    found = plan_of_spec(opened, checked, document)
+    lines = _cell_lines(opened, checked, document)
+    emit(pa.Table.from_pylist(lines), form, output)
+    cost = estimate(opened, found)
+    known = f"about {_duration(cost.worker_seconds)} of one worker"
+    if cost.unknown:
+        known = "unknown until a first task of its recipe is done" if not cost.worker_seconds else (
+            f"{known}, and {cost.unknown} tasks of unknown cost"
+        )
+    click.echo(
+        f"{checked.name}: {found.total} tasks in {found.cells} cells: {found.statuses['done']} done, "
+        f"{found.statuses['failed']} failed, {found.statuses['pending']} new; "
+        f"{len(found.shards)} shards and {len(found.denses)} dense models to run; cost: "
+        f"{known if found.unfinished else 'nothing'}",
+        err=True,
+    )
+
+
+def _cell_lines(store: Store, spec: Any, document: Document) -> list[dict[str, object]]:
+    """One line per cell: what it has and how much of it is done."""
+    from orchestrator.expand import candidate_count, cells
+    from storage.records import Task
+
+    statuses = store.statuses()
+    lines: list[dict[str, object]] = []
+    for cell in cells(spec, document):
+        n = candidate_count(cell, spec.candidates.count)
+        found = [statuses.get(Task(cell, k, s).task_id) for k in range(n) for s in spec.grid.seed]
+        lines.append(
+            {
+                "cell": str(cell),
+                "candidates": n,
+                "seeds": len(spec.grid.seed),
+                "tasks": len(found),
+                "done": found.count("done"),
+                "failed": found.count("failed"),
+                "new": found.count(None),
+            }
+        )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

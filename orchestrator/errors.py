@@ -1,0 +1,11 @@
+"""Errors that a person is told of in one message, each with its exit code."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in the command, the spec or the data (exit code 2)."""
+
+
+class ClusterError(Exception):
+    """Ray cannot be reached, or does not let us in (exit code 4)."""

@@ -1,0 +1,66 @@
+"""A sweep as a Ray job: submit it, read its output, stop it. Ray's job server does the work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import ClusterError, UserError
+from storage.records import utc_now
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+SWEEP = "prunesweep_sweep"
+"""The job metadata under which a sweep's name is kept."""
+
+
+@contextlib.contextmanager
+def job_server(address: str) -> Iterator[JobSubmissionClient]:
+    """Ray's job server at `address` (http://HOST:8265). Raises ClusterError."""
+    # An address in the environment would win over the argument.
+    hidden = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    try:
+        from ray.job_submission import JobSubmissionClient
+
+        yield JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        what = lines[0] if lines else type(error).__name__
+        raise ClusterError(f"the Ray job server at {address} does not answer as asked: {what}") from error
+    finally:
+        os.environ |= {name: value for name, value in hidden.items() if value is not None}
+
+
+def submit_job(address: str, sweep: str, spec: str, store: str, data_root: str) -> str:
+    """Submit a spec's text as a job that runs it on the cluster; return the submission id.
+
+    The cluster has prunesweep installed, and sees the store and the data root.
+    """
+    submission_id = f"{sweep}-{utc_now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    with tempfile.TemporaryDirectory() as folder, job_server(address) as client:
+        Path(folder, "spec.yaml").write_text(spec, encoding="utf-8")
+        command = ["python", "-m", "prunesweep", "run", "spec.yaml", "--address", "auto"]
+        command += ["--store", store, "--data-root", data_root]
+        return client.submit_job(
+            entrypoint=shlex.join(command),
+            submission_id=submission_id,
+            runtime_env={"working_dir": folder},
+            metadata={SWEEP: sweep, "store": store},
+        )
+
+
+def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
+    """The job with this submission id, or the newest of this sweep. Raises UserError."""
+    jobs = [job for job in client.list_jobs() if job.submission_id]
+    found = [j for j in jobs if name in (j.submission_id, (j.metadata or {}).get(SWEEP))]
+    if not found:
+        known = sorted({(j.metadata or {}).get(SWEEP, j.submission_id or "") for j in jobs})
+        raise UserError(f"no job or sweep {name} on this cluster; there are: {', '.join(known) or 'none'}")
+    return max(found, key=lambda j: j.start_time or 0)

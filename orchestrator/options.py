@@ -1,0 +1,93 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from storage.errors import StoreError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from storage.store import Problem, Store
+
+FORMATS = ("table", "json", "jsonl", "csv", "markdown", "latex", "parquet")
+
+store_option = click.option(
+    "--store",
+    envvar="PRUNESWEEP_STORE",
+    default="results",
+    show_default=True,
+    help="The store: a folder, or a URI as s3://bucket/prefix.",
+)
+data_root_option = click.option(
+    "--data-root",
+    envvar="PRUNESWEEP_DATA_ROOT",
+    default="data",
+    show_default=True,
+    help="The folder data sets are in, in torchvision's layout.",
+)
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the spec: grid.ratio=0.5, retrain.epochs=3.")
+inline_option = click.option("--inline", is_flag=True, help="Run in this process, without Ray.")
+run_address_option = click.option(
+    "--address",
+    envvar="RAY_ADDRESS",
+    help="A running Ray cluster (auto, or HOST:PORT). Without it, Ray is started for this run.",
+)
+where_option = click.option("--where", metavar="SQL", help="Only candidates for which this holds.")
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """-f and -o."""
+    form = click.option("-f", "--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
+    output = click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file.")
+    return form(output(command))
+
+
+def emit(table: pa.Table, form: str, output: Path | None) -> None:
+    """Print a table, or write it to a file. Raises a usage error for parquet on a terminal."""
+    from storage.formats import render
+
+    if form == "parquet" and output is None and sys.stdout.isatty():
+        raise click.UsageError("-f parquet needs -o FILE (or a pipe)")
+    content = render(table, form)
+    if output is None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
+    write_file(output, lambda: output.write_bytes(content))
+    click.echo(f"wrote {output}", err=True)
+
+
+def write_file(path: Path, write: Callable[[], object]) -> None:
+    """Run `write`; a folder that is missing or closed to us is a usage error, not a traceback."""
+    try:
+        write()
+    except OSError as error:
+        raise click.UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def existing_store(location: str) -> Store:
+    """The store at `location`. Raises StoreError where there is none."""
+    from storage.store import Store
+
+    store = Store(location)
+    if not store.exists():
+        raise StoreError(f"no store at {location}: nothing was run there yet (--store or PRUNESWEEP_STORE)")
+    return store
+
+
+def warn(problem: Problem) -> None:
+    """Tell of a file in rows/ that was skipped."""
+    click.echo(f"warning: skipped {problem.file}: {problem.reason}", err=True)
+
+
+def absolute(data_root: str) -> str:
+    """The data root as workers elsewhere see it."""
+    return os.path.abspath(os.path.expanduser(data_root))

@@ -1,0 +1,99 @@
+"""Progress on stderr: a bar with ETA on a terminal, a heartbeat line elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+HEARTBEAT_SECONDS = 15.0
+
+
+@dataclass
+class Progress:
+    """Counts of one run's tasks, shown as they change."""
+
+    total: int
+    done: int = 0
+    failed: int = 0
+    bar: Any = None
+    bar_task: Any = None
+    started: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    before: int = 0
+    last_beat: float = field(default_factory=time.monotonic)
+
+    def advance(self, done: int, failed: int) -> None:
+        """`done` and `failed` more tasks have rows."""
+        if self.first is None and done + failed:
+            self.first = time.monotonic()
+            self.before = done + failed
+        self.done, self.failed = self.done + done, self.failed + failed
+        if self.bar is not None:
+            self.bar.update(self.bar_task, completed=self.done + self.failed, failed=self._failed())
+        self.beat()
+
+    def beat(self) -> None:
+        """A line now and then, where there is no terminal."""
+        now = time.monotonic()
+        if self.bar is None and now - self.last_beat >= HEARTBEAT_SECONDS:
+            self.last_beat = now
+            say(self.line())
+
+    def line(self) -> str:
+        """`12/90 tasks, 1 failed, 0:42 elapsed, 4:33 left`."""
+        finished, now = self.done + self.failed, time.monotonic()
+        # Starting and training dense models says nothing about the pace of tasks.
+        paced = finished - self.before
+        pace = (now - self.first) / paced if self.first and paced else None
+        left = "?" if pace is None else _clock(pace * (self.total - finished))
+        return f"{finished}/{self.total} tasks{self._failed()}, {_clock(now - self.started)} elapsed, {left} left"
+
+    def say(self, text: str) -> None:
+        """A message above the bar, or on a line of its own."""
+        if self.bar is None:
+            say(text)
+        else:
+            self.bar.console.print(text, markup=False, highlight=False)
+
+    def _failed(self) -> str:
+        return f", {self.failed} failed" if self.failed else ""
+
+
+def say(text: str) -> None:
+    """A message for the person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Progress]:
+    """Progress of a run of `total` tasks."""
+    if not sys.stderr.isatty():
+        yield Progress(total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+    from rich.progress import TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("tasks"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]}"),
+        TimeElapsedColumn(),
+        TextColumn("elapsed, left"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        yield Progress(total, bar=bar, bar_task=bar.add_task("tasks", total=total, failed=""))

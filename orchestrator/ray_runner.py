@@ -1,0 +1,239 @@
+"""The runner on Ray: a shard is a Tune trial, actors are reused. Tune places, runs and reports."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from orchestrator.errors import ClusterError, UserError
+from storage.records import Shard
+from storage.store import Store
+from workers.worker import Worker
+
+if TYPE_CHECKING:
+    from orchestrator.progress import Progress
+    from orchestrator.queue import Queue
+    from orchestrator.run import Options
+
+STEP_SECONDS = 1.0
+"""A worker reports after this long at the latest, between two tasks."""
+
+_TUNE = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class ShardTrainable(tune.Trainable):
+    """Tune's side of a worker. It runs shards of one precision; another needs a fresh process."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.worker: Worker | None = None
+        self.take(config)
+
+    def take(self, config: dict[str, Any]) -> None:
+        shard = Shard.from_dict(config["shard"])
+        if self.worker is None:
+            self.worker = Worker(Store(config["store"]), config["data_root"], shard.precision)
+        self.rows = self.worker.run_shard(shard)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        shard = Shard.from_dict(new_config["shard"])
+        if self.worker is None or shard.precision != self.worker.precision:
+            return False
+        self.take(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Run tasks for a while; `done` once the shard is at its end."""
+        started, counts = time.monotonic(), {"done": 0, "failed": 0}
+        for row in self.rows:
+            counts[row.status] += 1
+            if time.monotonic() - started > STEP_SECONDS:
+                return {"tasks_done": counts["done"], "tasks_failed": counts["failed"], "done": False}
+        return {"tasks_done": counts["done"], "tasks_failed": counts["failed"], "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: what is done is in the store."""
+
+
+class ShardSearcher(Searcher):
+    """Hands Tune the queue's shards, and tells the queue how they ended."""
+
+    def __init__(self, queue: Queue, common: dict[str, Any]) -> None:
+        super().__init__()
+        self.queue, self.common = queue, common
+        self.shard_of: dict[str, str] = {}
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        shard = self.queue.next()
+        if shard is None:
+            return Searcher.FINISHED if self.queue.exhausted else None
+        self.shard_of[trial_id] = shard.shard_id
+        return {"shard": shard.to_dict(), **self.common}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        shard_id = self.shard_of.pop(trial_id)
+        if not error:
+            self.queue.succeeded(shard_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a fresh driver resumes from the store."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("resume from the store")
+
+
+class Reporter(tune.Callback):
+    """Carries results to the progress bar, and a trial's death to the queue with its reason."""
+
+    def __init__(self, queue: Queue, progress: Progress) -> None:
+        self.queue, self.progress = queue, progress
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.progress.beat()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        self.progress.advance(result["tasks_done"], result["tasks_failed"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        shard_id = trial.config["shard"]["shard_id"]
+        if shard_id in self.queue.running:
+            self.queue.died(shard_id, _reason(trial))
+
+
+def _reason(trial: Any) -> str:
+    """The last line of what ended a trial."""
+    error = trial.get_pickled_error() or trial.get_error() or "its process died"
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__
+
+
+def run_on_ray(queue: Queue, store: Store, options: Options, progress: Progress) -> None:
+    """Run a queue to its end on the cluster this process is connected to."""
+    common = {"store": store.location if not store.is_local else store.root, "data_root": options.data_root}
+    workers = None if options.workers == "auto" else int(options.workers)
+    gpus = _gpus(options)
+    _check_fits(options.cpus, gpus)
+    storage = tempfile.mkdtemp(prefix="prunesweep-tune-")
+    try:
+        with _environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(workers or _slots(options.cpus, gpus))}):
+            tuner = tune.Tuner(
+                tune.with_resources(ShardTrainable, tune.PlacementGroupFactory([_bundle(options.cpus, gpus)])),
+                tune_config=tune.TuneConfig(
+                    search_alg=ShardSearcher(queue, common),
+                    num_samples=-1,
+                    reuse_actors=True,
+                    max_concurrent_trials=workers,
+                    trial_dirname_creator=lambda trial: trial.trial_id,
+                ),
+                run_config=tune.RunConfig(
+                    name="sweep",
+                    storage_path=storage,
+                    verbose=0,
+                    callbacks=[Reporter(queue, progress)],
+                    failure_config=tune.FailureConfig(max_failures=0),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                ),
+            )
+            with contextlib.redirect_stdout(sys.stderr):
+                tuner.fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _bundle(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+
+
+def _gpus(options: Options) -> float:
+    if options.gpus != "auto":
+        return float(options.gpus)
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def _slots(cpus: float, gpus: float) -> int:
+    """How many shards fit on the cluster at once."""
+    there = ray.cluster_resources()
+    wanted = _bundle(cpus, gpus)
+    return max(1, min(int(there.get(name, 0) // amount) for name, amount in wanted.items()))
+
+
+def _check_fits(cpus: float, gpus: float) -> None:
+    """Raise UserError where no node could ever run one shard."""
+    wanted = _bundle(cpus, gpus)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        has = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in ("CPU", "GPU")) for node in nodes)
+        asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+        raise UserError(f"a shard asks for {asked}, and no node of the cluster has that (it has {has})")
+
+
+@contextlib.contextmanager
+def connected(options: Options) -> Iterator[None]:
+    """Connected to a Ray cluster: the one at `options.address`, or one embedded for this run.
+
+    Raises ClusterError with what to do.
+    """
+    arguments: dict[str, Any] = {
+        "address": options.address or "local",
+        "log_to_driver": options.debug,
+        "logging_level": logging.INFO if options.debug else logging.ERROR,
+        "runtime_env": {"worker_process_setup_hook": "prunesweep.claim_rooms"},
+    }
+    if not options.address:
+        arguments |= {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
+    # RAY_ADDRESS would win over the argument. Our setting of it was read before.
+    with _environment({"RAY_ADDRESS": None}):
+        try:
+            ray.init(**arguments)
+        except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+            where = f"the Ray cluster at {options.address}" if options.address else "an embedded Ray"
+            raise ClusterError(f"cannot start on {where}: {_first_line(error)}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str | None]) -> Iterator[None]:
+    """Environment variables set, or with None unset, and put back."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

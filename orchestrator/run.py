@@ -1,0 +1,178 @@
+"""A run: plan, record, run what is unfinished, say how it ended."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from orchestrator.documents import Document
+from orchestrator.plan import Plan, check, plan_of_sweep, planned
+from orchestrator.progress import Progress, progress, say
+from orchestrator.queue import Queue
+from storage.records import Shard, row_for, utc_now
+
+if TYPE_CHECKING:
+    from storage.manifest import Manifest
+    from storage.store import Store
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: where, with what, and how loudly. The resources are per shard."""
+
+    data_root: str = "data"
+    address: str | None = None
+    inline: bool = False
+    debug: bool = False
+    workers: int | str = "auto"
+    cpus: float = 1
+    gpus: float | str = "auto"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the sweep's tasks by status, and what went wrong besides."""
+
+    sweep: str
+    done: int
+    failed: int
+    pending: int
+    problems: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return not (self.failed or self.pending or self.problems)
+
+
+def run_spec(store: Store, document: Document, options: Options) -> Outcome:
+    """Check, expand, record and run a spec. Nothing is written before everything is checked."""
+    spec = check(document, options.data_root)
+    store.check_writable()
+    manifest = store.write_manifest(spec.name, document.text(), planned(spec, document))
+    return run_sweep(store, manifest, options)
+
+
+def run_sweep(store: Store, manifest: Manifest, options: Options, only: frozenset[str] | None = None) -> Outcome:
+    """Run exactly what a recorded sweep has unfinished (of `only`, where given)."""
+    plan = plan_of_sweep(store, manifest, only)
+    say(opening(manifest.sweep, plan, store))
+    problems: list[str] = []
+    if plan.shards:
+        wanted = plan.spec.resources
+        with_resources = replace(options, workers=wanted.workers, cpus=wanted.cpus, gpus=wanted.gpus)
+        problems = drive(store, plan, with_resources, manifest.sweep)
+    return outcome(store, manifest, problems)
+
+
+def opening(sweep: str, plan: Plan, store: Store) -> str:
+    """What a run is about to do, in a line."""
+    done = plan.statuses["done"]
+    if not plan.unfinished:
+        return f"{sweep}: all {plan.total} tasks are done; nothing to run"
+    dense = f", {len(plan.denses)} dense model to train first" if len(plan.denses) == 1 else ""
+    dense = f", {len(plan.denses)} dense models to train first" if len(plan.denses) > 1 else dense
+    return (
+        f"{sweep}: {plan.total} tasks in {plan.cells} cells, {done} done, {plan.unfinished} to run "
+        f"in {len(plan.shards)} shards{dense}; store {store.location}"
+    )
+
+
+def outcome(store: Store, manifest: Manifest, problems: list[str]) -> Outcome:
+    """The sweep as the store has it now."""
+    counts = counts_of(store, manifest)
+    return Outcome(manifest.sweep, counts["done"], counts["failed"], counts["pending"], tuple(problems))
+
+
+def counts_of(store: Store, manifest: Manifest) -> dict[str, int]:
+    """The sweep's tasks by status."""
+    statuses = store.statuses()
+    counts = {"done": 0, "failed": 0, "pending": 0}
+    for task_id in store.plan_table(manifest)["task_id"].to_pylist():
+        counts[statuses.get(task_id, "pending")] += 1
+    return counts
+
+
+def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
+    """Run a plan's shards on Ray, or in this process; return what went wrong besides failed tasks."""
+    queue = Queue.of(plan.shards, plan.denses, random.SystemRandom())
+    with _sign_of_life(store, sweep, options), _terminate_as_interrupt(), progress(plan.unfinished) as shown:
+        if options.inline:
+            from orchestrator.inline import run_inline
+
+            run_inline(queue, store, options, shown)
+        else:
+            from orchestrator.ray_runner import connected, run_on_ray
+
+            with connected(options):
+                run_on_ray(queue, store, options, shown)
+        bury(queue, store, shown)
+    return queue.problems
+
+
+def bury(queue: Queue, store: Store, shown: Progress) -> None:
+    """A failed row for every task that took its process down when it ran alone."""
+    for shard in queue.suspects:
+        _bury(shard, store)
+        shown.advance(0, 1)
+
+
+def _bury(shard: Shard, store: Store) -> None:
+    task = shard.tasks[0]
+    now = utc_now()
+    what = {
+        "error_class": "ProcessDied",
+        "error": "the worker's process died while it ran this task alone",
+        "host": socket.gethostname(),
+        "started_at": now,
+        "finished_at": now,
+    }
+    store.commit_rows(shard.filed_under, [row_for(task, "failed", what)])
+
+
+@contextmanager
+def _sign_of_life(store: Store, sweep: str, options: Options) -> Iterator[None]:
+    """A note in scratch that a driver is at work, for `status` and `stop`."""
+    import psutil
+
+    name = f"drivers/{uuid.uuid4().hex}"
+    pid = os.getpid()
+    store.note(
+        name,
+        {
+            "sweep": sweep,
+            "host": socket.gethostname(),
+            "pid": pid,
+            "process_started": psutil.Process(pid).create_time(),
+            "address": options.address,
+            "started_at": utc_now().isoformat(),
+        },
+    )
+    try:
+        yield
+    finally:
+        store.forget(name)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: what was committed stays."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,243 @@
+"""The spec: what a person writes. Checked here, key by key, before anything else happens."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from models.registry import MODELS
+from orchestrator.documents import Document, nearest
+from orchestrator.errors import UserError
+from pruners.pruners import PRUNERS
+from storage.records import Recipe
+from workers.datasets import DATASETS
+from workers.worker import PRECISIONS
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _one_of(known: Any) -> AfterValidator:
+    """A name that must be among `known`; the message says which there are."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(f"unknown name {value!r}; allowed: {', '.join(known)}{nearest(value, known)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _inside(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError(f"{value} is not a pruning ratio; allowed: more than 0 and less than 1")
+    return value
+
+
+def _once(values: list[Any]) -> list[Any]:
+    """A point named twice is one point."""
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
+Model = Annotated[str, _one_of(MODELS)]
+DatasetName = Annotated[str, _one_of(DATASETS)]
+PrunerName = Annotated[str, _one_of(PRUNERS)]
+Ratio = Annotated[float, AfterValidator(_inside)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
+LayersEntry = str | tuple[str, ...] | dict[str, float]
+
+
+
+def _layers_entry(entry: Any) -> LayersEntry:
+    """A name or pattern, a list of them, or {pattern: ratio}."""
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, list) and entry and all(isinstance(name, str) for name in entry):
+        return tuple(entry)
+    if isinstance(entry, dict) and entry and all(isinstance(name, str) for name in entry):
+        return {name: _inside(_number(ratio)) for name, ratio in entry.items()}
+    raise ValueError(f"{entry!r} names no layers; allowed: a name or pattern, a list of them, {{pattern: ratio}}")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is not a number")
+    return float(value)
+
+
+_axis = (BeforeValidator(_as_list), AfterValidator(_once), Field(min_length=1))
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Grid(Strict):
+    """The axes. Every one takes a scalar or a list; the grid is their product."""
+
+    model: Annotated[list[Model], *_axis]
+    dataset: Annotated[list[DatasetName], *_axis]
+    layers: Annotated[list[Annotated[Any, AfterValidator(_layers_entry)]], *_axis]
+    ratio: Annotated[list[Ratio], *_axis] | None = None
+    pruner: Annotated[list[PrunerName], *_axis] = ["oracle"]
+    pruner_seed: Annotated[list[Seed], *_axis] = [0]
+    granularity: Annotated[list[Literal["filter"]], *_axis] = ["filter"]
+    propagation: Annotated[list[Literal["exact", "released"]], *_axis] = ["exact"]
+    precision: Annotated[list[Annotated[str, _one_of(PRECISIONS)]], *_axis] = ["fp32"]
+    seed: Annotated[list[Seed], *_axis] = [0]
+
+
+class Candidates(Strict):
+    """Which candidates of a cell the oracle pruner takes."""
+
+    mode: Literal["all", "sample"] = "all"
+    count: Annotated[int, Field(ge=1, strict=True)] | None = None
+    seed: Seed = 0
+
+
+def _lr_table(value: Any) -> Any:
+    """A number, or `epochs already done: value`."""
+    table = value if isinstance(value, dict) else {0: value}
+    steps = []
+    for start, lr in table.items():
+        if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+            raise ValueError(f"{start!r} is no number of epochs already done; allowed: 0, 1, 2, ...")
+        rate = _number(lr)
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"{rate} is no learning rate; allowed: more than 0")
+        steps.append((start, rate))
+    if not steps or min(steps)[0] != 0:
+        raise ValueError("the table must start at 0: {0: first rate, epochs already done: next rate}")
+    return tuple(sorted(steps))
+
+
+class Training(Strict):
+    """What dense training and retraining have in common."""
+
+    epochs: Annotated[int, Field(ge=1, strict=True)]
+    batch_size: Annotated[int, Field(ge=1, strict=True)]
+    lr: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_lr_table)]
+    optimizer: Literal["sgd"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+    def recipe(self, seed: int | None = None) -> Recipe:
+        fields = {name: getattr(self, name) for name in Training.model_fields}
+        return Recipe(**fields, seed=seed)
+
+
+class DenseTraining(Training):
+    seed: Seed = 0
+
+
+class Retraining(Training):
+    keep: Literal["none", "last", "best"] = "none"
+
+
+class Resources(Strict):
+    """What a shard gets, and how many run at once. `gpus: auto` is 1 where the cluster has any."""
+
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    cpus: Annotated[float, Field(gt=0)] = 1
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    candidates_per_shard: Annotated[int, Field(ge=1)] = 16
+
+
+class SweepSpec(Strict):
+    """A sweep: a grid, the candidates, and the recipes."""
+
+    name: str
+    grid: Grid
+    candidates: Candidates = Candidates()
+    dense: Annotated[list[DenseTraining], *_axis]
+    retrain: Annotated[list[Retraining], *_axis]
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    loss_subset: Annotated[int, Field(ge=1, strict=True)] | None = None
+    resources: Resources = Resources()
+
+
+def load_spec(document: Document) -> SweepSpec:
+    """The checked spec of a document. Raises UserError, one line per mistake."""
+    try:
+        spec = SweepSpec.model_validate(document.plain())
+    except ValidationError as error:
+        raise UserError("\n".join(_messages(document, error))) from None
+    problem = _contradiction(spec)
+    if problem:
+        path, message = problem
+        raise UserError(f"{document.where(path)}: {'.'.join(path)}: {message}")
+    return spec
+
+
+def _contradiction(spec: SweepSpec) -> tuple[tuple[str, ...], str] | None:
+    """What no single key can know."""
+    if not NAME.fullmatch(spec.name):
+        return ("name",), f"{spec.name!r} is no sweep name; allowed: letters, digits, '.', '_' and '-'"
+    patterns = [entry for entry in spec.grid.layers if not isinstance(entry, dict)]
+    if patterns and spec.grid.ratio is None:
+        return ("grid", "layers"), "needs grid.ratio (only {pattern: ratio} entries carry their own)"
+    if not patterns and spec.grid.ratio is not None:
+        return ("grid", "ratio"), "leave it out: every entry of grid.layers carries its own ratio"
+    if spec.candidates.mode == "sample" and spec.candidates.count is None:
+        return ("candidates",), "mode sample needs a count"
+    if spec.candidates.mode == "all" and spec.candidates.count is not None:
+        return ("candidates", "count"), "leave it out: mode all takes every candidate (or use mode: sample)"
+    return None
+
+
+def _messages(document: Document, error: ValidationError) -> list[str]:
+    """One message per mistaken place."""
+    seen: dict[tuple[str | int, ...], str] = {}
+    for detail in error.errors():
+        path = _path(document, detail["loc"])
+        seen.setdefault(path, f"{document.where(path)}: {'.'.join(map(str, path))}: {_message(detail)}")
+    return list(seen.values())
+
+
+def _path(document: Document, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """pydantic's location as one in the document: without the index of a scalar that stands for a
+    list."""
+    path: list[str | int] = []
+    node: Any = document.data
+    for key in loc:
+        if isinstance(node, dict) and (key in node or key == loc[-1]):
+            path.append(key)
+            node = node.get(key)
+        elif isinstance(node, list) and isinstance(key, int) and key < len(node):
+            path.append(key)
+            node = node[key]
+    return tuple(path)
+
+
+def _message(detail: ErrorDetails) -> str:
+    kind, given = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        known = _keys_beside(detail["loc"])
+        return f"unknown key; allowed: {', '.join(known)}{nearest(detail['loc'][-1], known)}"
+    if kind == "missing":
+        return "this key is missing"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", detail.get("ctx", {}).get("expected", ""))
+        return f"unknown name {given!r}; allowed: {', '.join(allowed)}{nearest(given, allowed)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return message if kind == "value_error" else f"{message}, not {given!r}"
+
+
+def _keys_beside(loc: tuple[str | int, ...]) -> list[str]:
+    """The keys allowed where an unknown one was found."""
+    rooms: dict[str, type[BaseModel]] = {
+        "grid": Grid,
+        "candidates": Candidates,
+        "dense": DenseTraining,
+        "retrain": Retraining,
+        "resources": Resources,
+    }
+    model = rooms[str(loc[0])] if len(loc) > 1 else SweepSpec
+    return list(model.model_fields)

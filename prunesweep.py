@@ -1,0 +1,42 @@
+"""Where prunesweep starts, in a terminal and in a Ray worker.
+
+The rooms have generic names, and Python looks in the working directory first: started beside a
+folder called `models`, it would import that one. So the rooms are imported here, from beside this
+file, before anything else can be.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+ROOMS = ("storage", "pruners", "models", "workers", "orchestrator")
+
+
+def claim_rooms() -> None:
+    """Import our rooms, whatever else is on the path.
+
+    Raises ImportError when another package has taken one of their names already.
+    """
+    here = str(Path(__file__).resolve().parent)
+    sys.path.insert(0, here)
+    try:
+        for room in ROOMS:
+            found = importlib.import_module(room).__file__ or ""
+            if not found.startswith(here):
+                raise ImportError(f"prunesweep needs its own package {room}; {found} was imported before it")
+    finally:
+        sys.path.remove(here)
+
+
+def main() -> None:
+    """The command `prunesweep`."""
+    claim_rooms()
+    from orchestrator.cli import main as command_line
+
+    command_line()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""One correlation per cell of a sweep, from the `candidates` view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import pyarrow as pa
+
+from storage import statistics
+from storage.errors import QueryError
+from storage.sql import check_select, connection
+
+if TYPE_CHECKING:
+    from storage.store import Problem, Store
+
+X = "pruned_train_loss"
+Y = "best_test_accuracy"
+BESIDE = "last5_test_accuracy_mean"
+
+
+@dataclass(frozen=True)
+class CellData:
+    """The candidates of a cell that have every planned seed done, averaged over seeds.
+
+    `columns` holds x, y and what is asked for beside, each [n]; `picked` is the place of the
+    candidate with the lowest x. `planned` candidates were planned.
+    """
+
+    cell_id: str
+    label: dict[str, Any]
+    candidate: list[int]
+    columns: dict[str, list[float | None]]
+    planned: int
+    seeds: int
+
+    @property
+    def title(self) -> str:
+        """`lenet5_mini digits conv1 0.2 oracle`, as Cell says it."""
+        ratio = self.label["pruning_ratio"]
+        ratios = [ratio] if ratio is not None else self.label["ratios"]
+        extra = [self.label[key] for key, usual in _USUAL.items() if self.label[key] != usual]
+        words = [self.label["model"], self.label["dataset"], "+".join(self.label["layers"])]
+        return " ".join([*words, "+".join(map(repr, ratios)), self.label["pruner"], *extra])
+
+
+_USUAL = {"granularity": "filter", "propagation": "exact", "precision": "fp32"}
+
+
+def cell_data(
+    store: Store,
+    sweep: str,
+    columns: tuple[str, ...],
+    where: str | None = None,
+    report: Callable[[Problem], None] | None = None,
+) -> list[CellData]:
+    """The cells of a sweep in the order of its grid. `where` is SQL over `candidates`.
+
+    Raises QueryError for an unknown sweep or column, for bad SQL, and for a cell that mixes rows
+    pruned from two different dense networks.
+    """
+    with connection(store, report) as con:
+        known = [row[0] for row in con.sql("select sweep from sweeps").fetchall()]
+        if sweep not in known:
+            raise QueryError(f"no sweep {sweep} in {store.location}; there are: {', '.join(known) or 'none'}")
+        _check_columns(con, columns)
+        query = f"select * from candidates where ({where or 'true'})"
+        check_select(con, query)
+        try:
+            found = con.sql(_CELLS.format(query=query), params={"sweep": sweep})
+            lines = found.to_arrow_table().to_pylist()
+        except duckdb.Error as error:
+            raise QueryError(f"--where: {error}" if where else str(error)) from error
+    for line in lines:
+        _refuse_mixed(line)
+    return [_cell(line, columns) for line in lines]
+
+
+_CELLS = """
+with chosen as (select * from ({query}) where sweep = $sweep)
+select any_value(c.cell_id) as cell_id, any_value(c.model) as model, any_value(c.dataset) as dataset,
+       any_value(c.layers) as layers, any_value(c.ratios) as ratios,
+       any_value(c.pruning_ratio) as pruning_ratio, any_value(c.pruner) as pruner,
+       any_value(c.granularity) as granularity, any_value(c.propagation) as propagation,
+       any_value(c.precision) as precision, any_value(c.candidates) as planned,
+       any_value(c.seeds) as seeds, max(k.n_dense) as n_dense,
+       list(distinct k.dense_sha256) filter (where k.dense_sha256 is not null) as dense,
+       list(k order by k.candidate) filter (where k.candidate is not null) as found
+from cells c left join chosen k on k.cell_id = c.cell_id
+where c.sweep = $sweep
+group by c.cell_id, c.position order by c.position
+"""
+
+
+def _check_columns(con: duckdb.DuckDBPyConnection, columns: tuple[str, ...]) -> None:
+    numeric = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "HUGEINT")
+    known = [name for name, kind, *_ in con.sql("describe candidates").fetchall() if kind in numeric]
+    for column in columns:
+        if column not in known:
+            raise QueryError(f"{column} is no number of a candidate; allowed: {', '.join(known)}")
+
+
+def _refuse_mixed(line: dict[str, Any]) -> None:
+    dense = line["dense"] or []
+    if len(dense) > 1 or (line["n_dense"] or 1) > 1:
+        hashes = ", ".join(one[:8] for one in dense)
+        raise QueryError(
+            f"cell {line['cell_id']} mixes rows pruned from different dense networks ({hashes}): they "
+            "are not comparable. Look at one with --where \"dense_sha256 = '...'\" "
+            "(`prunesweep query` lists them), or run the sweep again in a new store"
+        )
+
+
+def _cell(line: dict[str, Any], columns: tuple[str, ...]) -> CellData:
+    found = line["found"] or []
+    return CellData(
+        cell_id=line["cell_id"],
+        label=line,
+        candidate=[one["candidate"] for one in found],
+        columns={name: [one[name] for one in found] for name in columns},
+        planned=line["planned"],
+        seeds=line["seeds"],
+    )
+
+
+def corr_table(cells: list[CellData], x: str, y: str, beside: str | None = BESIDE) -> pa.Table:
+    """The table of `corr`: one line per cell. tau is tau-b; `tau_<beside>` shows y's neighbour."""
+    return pa.Table.from_pylist([_line(cell, x, y, beside) for cell in cells], schema=_schema(beside))
+
+
+def _schema(beside: str | None) -> pa.Schema:
+    text, number = pa.string(), pa.float64()
+    fields = [("cell", text), ("n", pa.int64()), ("planned", pa.int64()), ("seeds", pa.int64())]
+    tests = ("tau", "p", "spearman", "spearman_p", "pearson", "pearson_p", "anomaly_ratio")
+    fields += [(name, number) for name in tests]
+    return pa.schema(fields + ([(_beside_name(beside), number)] if beside else []))
+
+
+def _beside_name(column: str) -> str:
+    return "tau_last5" if column == BESIDE else f"tau_{column}"
+
+
+def _line(cell: CellData, x: str, y: str, beside: str | None) -> dict[str, Any]:
+    found = statistics.correlation(cell.columns[x], cell.columns[y])
+    higher = statistics.higher_is_better(y)
+    line = {
+        "cell": cell.title,
+        "n": found.n,
+        "planned": cell.planned,
+        "seeds": cell.seeds,
+        "tau": found.kendall,
+        "p": found.kendall_p,
+        "spearman": found.spearman,
+        "spearman_p": found.spearman_p,
+        "pearson": found.pearson,
+        "pearson_p": found.pearson_p,
+        "anomaly_ratio": statistics.anomaly_ratio(cell.columns[x], cell.columns[y], higher=higher),
+    }
+    if beside:
+        line[_beside_name(beside)] = statistics.kendall(cell.columns[x], cell.columns[beside])[0]
+    return line

@@ -1,0 +1,60 @@
+"""Ids: a hash of what a thing is, so that two machines agree without talking.
+
+An id is 16 hex digits of the SHA-256 of canonical JSON. Fields at their default are left out, and
+the defaults are frozen here per schema number: a field added later, with a default, leaves every
+old id as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+# One table per schema number, never edited once rows exist. A later schema repeats the entries of
+# the one before and adds its own; the field's value then counts only where it differs.
+CELL_DEFAULTS: Mapping[int, Mapping[str, Any]] = {
+    1: {
+        "granularity": "filter",
+        "propagation": "exact",
+        "schedule": "one-shot",
+        "precision": "fp32",
+        "loss_subset": None,
+        "validation": 0.0,
+        "candidate_mode": "all",
+        "sampling_seed": None,
+        "pruner_seed": None,
+    },
+}
+RECIPE_DEFAULTS: Mapping[int, Mapping[str, Any]] = {
+    1: {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "seed": None,
+    },
+}
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, no spaces and floats as `repr`; NaN and infinity raise ValueError."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """16 hex digits over the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def without_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` less those at their default."""
+    return {key: v for key, v in fields.items() if key not in defaults or v != defaults[key]}
+
+
+def join_id(*parts: object) -> str:
+    """16 hex digits over `a/b/c`: the ids of candidates and tasks, hashed millions at a time."""
+    return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:16]

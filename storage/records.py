@@ -1,0 +1,364 @@
+"""The records everything else speaks in: Recipe, Dense, Cell, Task, Shard, Execution, Row.
+
+All are frozen. Each knows its id and how to become plain JSON and come back, nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from storage.identity import (
+    CELL_DEFAULTS,
+    RECIPE_DEFAULTS,
+    SCHEMA_VERSION,
+    canonical_json,
+    digest,
+    join_id,
+    without_defaults,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. `lr` is ((epochs already done, value), ...), ascending from 0.
+
+    `seed` is set for dense training only: a retraining's seed belongs to the task.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: tuple[tuple[int, float], ...]
+    optimizer: str = "sgd"
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    seed: int | None = None
+
+    def lr_at(self, epochs_done: int) -> float:
+        """The learning rate once `epochs_done` epochs are behind."""
+        return [value for start, value in self.lr if start <= epochs_done][-1]
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that make the id, defaults left out."""
+        return without_defaults(self.to_dict(), RECIPE_DEFAULTS[SCHEMA_VERSION])
+
+    @cached_property
+    def recipe_id(self) -> str:
+        return digest(self.identity())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"lr": [list(step) for step in self.lr]}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Recipe:
+        lr = tuple((int(start), float(value)) for start, value in data["lr"])
+        return Recipe(**{**data, "lr": lr})
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense model: which network, trained on what, how. `validation` is the held-out share."""
+
+    model: str
+    dataset: str
+    recipe: Recipe
+    validation: float = 0.0
+
+    @cached_property
+    def dense_id(self) -> str:
+        defaults = CELL_DEFAULTS[SCHEMA_VERSION]
+        data = {
+            "model": self.model,
+            "dataset": self.dataset,
+            "recipe": self.recipe.identity(),
+            "validation": self.validation,
+        }
+        return digest(without_defaults(data, defaults))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "recipe": self.recipe.to_dict(),
+            "validation": self.validation,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Dense:
+        return Dense(**{**data, "recipe": Recipe.from_dict(data["recipe"])})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One grid point without candidate and seed: what one correlation is computed over.
+
+    `layers` is ((layer name, pruning ratio), ...) in network order. `sampling_seed` is set when
+    candidates are sampled, `pruner_seed` when the pruner draws.
+    """
+
+    dense: Dense
+    layers: tuple[tuple[str, float], ...]
+    pruner: str
+    retrain: Recipe
+    granularity: str = "filter"
+    propagation: str = "exact"
+    schedule: str = "one-shot"
+    precision: str = "fp32"
+    loss_subset: int | None = None
+    candidate_mode: str = "all"
+    sampling_seed: int | None = None
+    pruner_seed: int | None = None
+
+    @cached_property
+    def cell_id(self) -> str:
+        data = self.to_dict() | {"retrain": self.retrain.identity(), "dense": self.dense.dense_id}
+        return digest(without_defaults(data, CELL_DEFAULTS[SCHEMA_VERSION]))
+
+    @property
+    def pruning_ratio(self) -> float | None:
+        """The one ratio of all layers; None where they differ."""
+        ratios = {ratio for _, ratio in self.layers}
+        return ratios.pop() if len(ratios) == 1 else None
+
+    @cached_property
+    def json(self) -> str:
+        """Everything the cell is, as canonical JSON: the `recipe` column of its rows."""
+        return canonical_json(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["dense"] = self.dense.to_dict()
+        data["retrain"] = self.retrain.to_dict()
+        data["layers"] = [list(layer) for layer in self.layers]
+        return data
+
+    @staticmethod
+    def from_json(text: str) -> Cell:
+        data = json.loads(text)
+        layers = tuple((str(name), float(ratio)) for name, ratio in data["layers"])
+        dense, retrain = Dense.from_dict(data["dense"]), Recipe.from_dict(data["retrain"])
+        return Cell(**{**data, "dense": dense, "retrain": retrain, "layers": layers})
+
+    def __str__(self) -> str:
+        layers = "+".join(name for name, _ in self.layers)
+        ratio = self.pruning_ratio
+        shown = "+".join(repr(r) for _, r in self.layers) if ratio is None else repr(ratio)
+        extra = [
+            value
+            for value, default in (
+                (self.granularity, "filter"),
+                (self.propagation, "exact"),
+                (self.precision, "fp32"),
+            )
+            if value != default
+        ]
+        words = [self.dense.model, self.dense.dataset, layers, shown, self.pruner, *extra]
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Cell x candidate x seed: the unit of work and of storage."""
+
+    cell: Cell
+    candidate: int
+    seed: int
+
+    @cached_property
+    def task_id(self) -> str:
+        return join_id(self.cell.cell_id, self.candidate, self.seed)
+
+    @cached_property
+    def candidate_id(self) -> str:
+        return join_id(self.cell.cell_id, self.candidate)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of scheduling: tasks of one cell, or, with `dense`, one dense model to train."""
+
+    shard_id: str
+    tasks: tuple[Task, ...] = ()
+    dense: Dense | None = None
+    keep: str = "none"
+
+    @property
+    def needs(self) -> Dense:
+        """The dense model that this shard trains or starts from."""
+        return self.dense or self.tasks[0].cell.dense
+
+    @property
+    def filed_under(self) -> str:
+        """What its row files are named after: tasks run alone share their shard's name."""
+        return self.shard_id.split(".")[0]
+
+    @property
+    def precision(self) -> str:
+        """One process holds one precision; dense models are trained in fp32."""
+        return "fp32" if self.dense else self.tasks[0].cell.precision
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the wire: the cell once, then its (candidate, seed) pairs."""
+        return {
+            "shard_id": self.shard_id,
+            "cell": self.tasks[0].cell.json if self.tasks else None,
+            "tasks": [[task.candidate, task.seed] for task in self.tasks],
+            "dense": self.dense.to_dict() if self.dense else None,
+            "keep": self.keep,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Shard:
+        cell = Cell.from_json(data["cell"]) if data["cell"] else None
+        tasks = tuple(Task(cell, c, s) for c, s in data["tasks"]) if cell else ()
+        dense = Dense.from_dict(data["dense"]) if data["dense"] else None
+        return Shard(data["shard_id"], tasks, dense, data["keep"])
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the arithmetic is done. Two rows of one task with equal execution are equal."""
+
+    backend: str
+    fleet: int
+    threads: int
+    memory_format: str
+    device_model: str
+    versions: tuple[tuple[str, str], ...]
+
+    @cached_property
+    def json(self) -> str:
+        return canonical_json(asdict(self) | {"versions": dict(self.versions)})
+
+
+@dataclass(frozen=True)
+class Removed:
+    """The units of one layer that a candidate removes, ascending."""
+
+    layer: str
+    units: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a task leaves behind. storage/schema.py gives each column's type and meaning."""
+
+    task_id: str
+    cell_id: str
+    candidate_id: str
+    schema_version: int
+    model: str
+    dataset: str
+    dense_id: str
+    granularity: str
+    layers: tuple[str, ...]
+    ratios: tuple[float, ...]
+    pruning_ratio: float | None
+    pruner: str
+    propagation: str
+    schedule: str
+    precision: str
+    recipe_id: str
+    recipe: str
+    candidate: int
+    seed: int
+    status: str
+    dense_sha256: str | None = None
+    removed: tuple[Removed, ...] | None = None
+    params: int | None = None
+    macs: int | None = None
+    dense_params: int | None = None
+    dense_macs: int | None = None
+    achieved_ratio: float | None = None
+    dense_train_loss: float | None = None
+    dense_test_loss: float | None = None
+    dense_test_accuracy: float | None = None
+    pruned_train_loss: float | None = None
+    pruned_train_loss_se: float | None = None
+    pruned_train_loss_n: int | None = None
+    pruned_test_loss: float | None = None
+    pruned_test_accuracy: float | None = None
+    equivalence_error: float | None = None
+    equivalence_reason: str | None = None
+    best_epoch: int | None = None
+    best_test_accuracy: float | None = None
+    best_test_loss: float | None = None
+    last_train_loss: float | None = None
+    last_test_loss: float | None = None
+    last_test_accuracy: float | None = None
+    last5_test_loss_mean: float | None = None
+    last5_test_loss_std: float | None = None
+    last5_test_accuracy_mean: float | None = None
+    last5_test_accuracy_std: float | None = None
+    val_best_epoch: int | None = None
+    val_best_val_accuracy: float | None = None
+    val_best_test_accuracy: float | None = None
+    val_best_test_loss: float | None = None
+    epoch_train_loss: tuple[float | None, ...] | None = None
+    epoch_test_loss: tuple[float | None, ...] | None = None
+    epoch_test_accuracy: tuple[float | None, ...] | None = None
+    epoch_val_accuracy: tuple[float | None, ...] | None = None
+    score_l1: float | None = None
+    score_l2: float | None = None
+    score_extra: tuple[tuple[str, float], ...] | None = None
+    error_class: str | None = None
+    error: str | None = None
+    attempt: int | None = None
+    diverged: bool | None = None
+    execution: str | None = None
+    device: str | None = None
+    host: str | None = None
+    seconds_prune: float | None = None
+    seconds_retrain: float | None = None
+    peak_memory_bytes: int | None = None
+    versions: str | None = None
+    kept_network: str | None = None
+    started_at: dt.datetime | None = None
+    finished_at: dt.datetime | None = None
+
+    def task(self) -> Task:
+        """The task this row belongs to, rebuilt from the row alone."""
+        return Task(Cell.from_json(self.recipe), self.candidate, self.seed)
+
+
+def row_for(task: Task, status: str, measured: Mapping[str, Any]) -> Row:
+    """A row of `task`: its identity columns, then what was `measured`."""
+    cell = task.cell
+    return Row(
+        task_id=task.task_id,
+        cell_id=cell.cell_id,
+        candidate_id=task.candidate_id,
+        schema_version=SCHEMA_VERSION,
+        model=cell.dense.model,
+        dataset=cell.dense.dataset,
+        dense_id=cell.dense.dense_id,
+        granularity=cell.granularity,
+        layers=tuple(name for name, _ in cell.layers),
+        ratios=tuple(ratio for _, ratio in cell.layers),
+        pruning_ratio=cell.pruning_ratio,
+        pruner=cell.pruner,
+        propagation=cell.propagation,
+        schedule=cell.schedule,
+        precision=cell.precision,
+        recipe_id=cell.retrain.recipe_id,
+        recipe=cell.json,
+        candidate=task.candidate,
+        seed=task.seed,
+        status=status,
+        **measured,
+    )
+
+
+def utc_now() -> dt.datetime:
+    """The time in UTC, without a zone: what every `*_at` column holds."""
+    return dt.datetime.now(dt.UTC).replace(tzinfo=None)
+
+
+def cells_of(tasks: Iterable[Task]) -> list[Cell]:
+    """The distinct cells of `tasks`, in the order they first appear."""
+    return list({task.cell.cell_id: task.cell for task in tasks}.values())

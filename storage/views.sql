@@ -1,0 +1,90 @@
+-- The views of a store. Fed with two Arrow tables: row_files (every valid row, with its file) and
+-- plan (every sweep's newest expansion, one line per task).
+
+-- Every valid row: several for one task are legal.
+create view attempts as select * from row_files;
+
+-- The chosen row per task: done beats failed, then the earliest, then the file's name.
+create view rows as
+select * exclude (file) from row_files
+qualify row_number() over (
+    partition by task_id order by (status = 'done') desc, finished_at, file
+) = 1;
+
+-- One line per planned task of a sweep, with its row; status done, failed or pending.
+create view tasks as
+select p.sweep, p.position, p.shard, p.task_id, p.cell_id, p.candidate_id, p.model, p.dataset,
+       p.dense_id, p.granularity, p.layers, p.ratios, p.pruning_ratio, p.pruner, p.propagation,
+       p.schedule, p.precision, p.recipe_id, p.recipe, p.candidate, p.seed,
+       coalesce(r.status, 'pending') as status,
+       r.* exclude (task_id, cell_id, candidate_id, model, dataset, dense_id, granularity, layers,
+                    ratios, pruning_ratio, pruner, propagation, schedule, precision, recipe_id,
+                    recipe, candidate, seed, status)
+from plan p left join rows r on r.task_id = p.task_id;
+
+-- Tasks averaged over seeds: mean under the name of what it averages, sample std beside it. Only
+-- candidates with every planned seed done.
+create view candidates as
+select sweep, cell_id, candidate, any_value(candidate_id) as candidate_id,
+       any_value(model) as model, any_value(dataset) as dataset,
+       any_value(granularity) as granularity, any_value(layers) as layers,
+       any_value(ratios) as ratios, any_value(pruning_ratio) as pruning_ratio,
+       any_value(pruner) as pruner, any_value(propagation) as propagation,
+       any_value(schedule) as schedule, any_value(precision) as precision,
+       any_value(removed) as removed, count(*) as n_seeds,
+       count(distinct dense_sha256) as n_dense, min(dense_sha256) as dense_sha256,
+       any_value(params) as params, any_value(macs) as macs,
+       any_value(achieved_ratio) as achieved_ratio,
+       avg(dense_train_loss) as dense_train_loss, avg(dense_test_loss) as dense_test_loss,
+       avg(dense_test_accuracy) as dense_test_accuracy,
+       avg(pruned_train_loss) as pruned_train_loss,
+       avg(pruned_train_loss_se) as pruned_train_loss_se,
+       avg(pruned_test_loss) as pruned_test_loss,
+       avg(pruned_test_accuracy) as pruned_test_accuracy,
+       max(equivalence_error) as equivalence_error,
+       avg(best_epoch) as best_epoch,
+       avg(best_test_accuracy) as best_test_accuracy,
+       stddev_samp(best_test_accuracy) as best_test_accuracy_std,
+       avg(best_test_loss) as best_test_loss, stddev_samp(best_test_loss) as best_test_loss_std,
+       avg(last_train_loss) as last_train_loss, stddev_samp(last_train_loss) as last_train_loss_std,
+       avg(last_test_loss) as last_test_loss, stddev_samp(last_test_loss) as last_test_loss_std,
+       avg(last_test_accuracy) as last_test_accuracy,
+       stddev_samp(last_test_accuracy) as last_test_accuracy_std,
+       avg(last5_test_loss_mean) as last5_test_loss_mean,
+       avg(last5_test_accuracy_mean) as last5_test_accuracy_mean,
+       stddev_samp(last5_test_accuracy_mean) as last5_test_accuracy_mean_std,
+       avg(val_best_test_accuracy) as val_best_test_accuracy,
+       avg(val_best_test_loss) as val_best_test_loss,
+       any_value(score_l1) as score_l1, any_value(score_l2) as score_l2,
+       count(*) filter (where diverged) as n_diverged
+from tasks group by sweep, cell_id, candidate
+having count(*) filter (where status <> 'done') = 0;
+
+-- One line per cell of a sweep: what was planned and what is there.
+create view cells as
+select t.sweep, t.cell_id, any_value(model) as model, any_value(dataset) as dataset,
+       any_value(layers) as layers, any_value(ratios) as ratios,
+       any_value(pruning_ratio) as pruning_ratio, any_value(pruner) as pruner,
+       any_value(granularity) as granularity, any_value(propagation) as propagation,
+       any_value(precision) as precision, any_value(recipe_id) as recipe_id,
+       count(distinct candidate) as candidates, count(distinct seed) as seeds, count(*) as tasks,
+       count(*) filter (where status = 'done') as done,
+       count(*) filter (where status = 'failed') as failed,
+       count(*) filter (where status = 'pending') as pending,
+       min(position) as position
+from tasks t group by t.sweep, t.cell_id;
+
+-- One line per sweep.
+create view sweeps as
+select sweep, any_value(expanded_at) as expanded_at, count(distinct p.cell_id) as cells,
+       count(*) as tasks, count(*) filter (where r.status = 'done') as done,
+       count(*) filter (where r.status = 'failed') as failed,
+       count(*) filter (where r.status is null) as pending,
+       max(r.finished_at) as last_row_at
+from plan p left join rows r on r.task_id = p.task_id group by sweep;
+
+-- What failed, by class and shard, with one example.
+create view failures as
+select sweep, error_class, shard, count(*) as tasks, min(task_id) as example_task,
+       arg_min(error, task_id) as example_error, max(finished_at) as last_at
+from tasks where status = 'failed' group by sweep, error_class, shard;

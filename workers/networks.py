@@ -1,0 +1,55 @@
+"""Retrained networks, kept and loaded (`retrain.keep: last | best`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models import build_model, input_shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from storage.records import Task
+
+
+def network_file(state: Mapping[str, torch.Tensor], task: Task, removed: Mapping[str, Sequence[int]], classes: int) -> bytes:
+    """The content of a kept network's file: its weights, and what is needed to build it again."""
+    from safetensors.torch import save
+
+    from storage.identity import canonical_json
+    from workers.dense import METADATA
+
+    about = {
+        "task_id": task.task_id,
+        "model": task.cell.dense.model,
+        "classes": classes,
+        "removed": {layer: list(units) for layer, units in removed.items()},
+    }
+    return save(dict(state), {METADATA: canonical_json(about)})
+
+
+def load_network(path: str | os.PathLike[str]) -> nn.Module:
+    """The pruned, retrained network of a file under `networks/`, on the CPU, in eval mode.
+
+    Rows name it in `kept_network`. Raises FileNotFoundError, or ValueError for another kind of file.
+    """
+    import torch
+    from safetensors.torch import load
+
+    from pruners.surgery import prune
+    from workers.dense import metadata
+
+    content = Path(path).read_bytes()
+    about = metadata(content)
+    if "removed" not in about:
+        raise ValueError(f"{path} is no kept network")
+    name, removed = str(about["model"]), about["removed"]
+    assert isinstance(removed, dict) and isinstance(about["classes"], int)
+    example = torch.zeros(1, *input_shape(name))
+    model = prune(build_model(name, about["classes"]), removed, example)
+    model.load_state_dict(load(content))
+    return model.eval()
