@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -47,7 +49,7 @@ class MLP(nn.Module):
 
 
 def _add_fully_connected(model: nn.Module, widths: tuple[int, ...]) -> None:
-    for i, (into, out) in enumerate(zip(widths, widths[1:], strict=False), 1):
+    for i, (into, out) in enumerate(itertools.pairwise(widths), 1):
         model.add_module(f"fc{i}", nn.Linear(into, out))
 
 

@@ -88,7 +88,9 @@ def _quoted(text: str) -> str:
 
 @click.command()
 @click.argument("sql", required=False)
-@click.option("--file", "-i", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file.")
+@click.option(
+    "--file", "-i", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file."
+)
 @store_option
 @output_options
 def query(sql: str | None, file: Path | None, store: str, form: str, output: Path | None) -> None:
@@ -152,7 +154,12 @@ def correlations(
 @y_option
 @where_option
 @store_option
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A .png, .pdf or .svg file; SWEEP.png if left out.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A .png, .pdf or .svg file; SWEEP.png if left out.",
+)
 def plot(sweep: str, x: str, y: str, where: str | None, store: str, output: Path | None) -> None:
     """Draw the scatter of SWEEP, one panel per cell, in the paper's form.
 
@@ -178,7 +185,6 @@ def plot(sweep: str, x: str, y: str, where: str | None, store: str, output: Path
     click.echo(
         f"drew {len(cells)} cell{'s'[: len(cells) > 1]}. Try next:\n"
         f"  prunesweep corr {sweep} --y last5_test_accuracy_mean{where_store}\n"
-        f"  prunesweep query \"from candidates order by best_test_accuracy desc limit 5\"{where_store}",
+        f'  prunesweep query "from candidates order by best_test_accuracy desc limit 5"{where_store}',
         err=True,
     )
-

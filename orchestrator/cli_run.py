@@ -167,7 +167,7 @@ def _close(ctx: click.Context, store: Store, outcome: Outcome, form: str, output
         return
     click.echo(
         f"{outcome.sweep}: {outcome.done} tasks done, {outcome.failed} failed, {outcome.pending} pending. See\n"
-        f"  prunesweep query \"select * from failures\" --store {shlex.quote(store.location)}\n"
+        f'  prunesweep query "select * from failures" --store {shlex.quote(store.location)}\n'
         f"  prunesweep resume {outcome.sweep} --store {shlex.quote(store.location)}",
         err=True,
     )
@@ -202,8 +202,10 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
     cost = estimate(opened, found)
     known = f"about {_duration(cost.worker_seconds)} of one worker"
     if cost.unknown:
-        known = "unknown until a first task of its recipe is done" if not cost.worker_seconds else (
-            f"{known}, and {cost.unknown} tasks of unknown cost"
+        known = (
+            "unknown until a first task of its recipe is done"
+            if not cost.worker_seconds
+            else (f"{known}, and {cost.unknown} tasks of unknown cost")
         )
     click.echo(
         f"{checked.name}: {found.total} tasks in {found.cells} cells: {found.statuses['done']} done, "

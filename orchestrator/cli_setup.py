@@ -113,7 +113,11 @@ def doctor(ctx: click.Context, store: str, data_root: str, form: str, output: Pa
     import pyarrow as pa
 
     lines = [*_machine(), *_libraries(), *_store(store), *_data(absolute(data_root))]
-    emit(pa.Table.from_pylist([dict(zip(("check", "result", "what"), line, strict=True)) for line in lines]), form, output)
+    emit(
+        pa.Table.from_pylist([dict(zip(("check", "result", "what"), line, strict=True)) for line in lines]),
+        form,
+        output,
+    )
     if any(result == BAD for _, result, _ in lines):
         sys.stdout.flush()
         ctx.exit(1)

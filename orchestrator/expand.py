@@ -154,4 +154,3 @@ def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
 def keeps(retrain: list[Retraining]) -> dict[str, str]:
     """recipe id -> what to keep of the networks retrained by it."""
     return {one.recipe().recipe_id: one.keep for one in retrain}
-

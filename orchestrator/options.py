@@ -33,7 +33,9 @@ data_root_option = click.option(
     show_default=True,
     help="The folder data sets are in, in torchvision's layout.",
 )
-set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the spec: grid.ratio=0.5, retrain.epochs=3.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the spec: grid.ratio=0.5, retrain.epochs=3."
+)
 inline_option = click.option("--inline", is_flag=True, help="Run in this process, without Ray.")
 run_address_option = click.option(
     "--address",

@@ -53,7 +53,6 @@ Seed = Annotated[int, Field(ge=0, strict=True)]
 LayersEntry = str | tuple[str, ...] | dict[str, float]
 
 
-
 def _layers_entry(entry: Any) -> LayersEntry:
     """A name or pattern, a list of them, or {pattern: ratio}."""
     if isinstance(entry, str):

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 MAX_ALL = 10**6
 """Above this many combinations in a cell, `all` is refused."""
@@ -75,8 +75,8 @@ def unrank_combination(n: int, k: int, rank: int) -> tuple[int, ...]:
 
 def rank_combination(n: int, k: int, units: Sequence[int]) -> int:
     """The inverse of `unrank_combination`; raises ValueError unless `units` are k, ascending, < n."""
-    ascending = all(a < b for a, b in zip(units, units[1:], strict=False))
-    if len(units) != k or not ascending or (k and not (0 <= units[0] and units[-1] < n)):
+    ascending = all(a < b for a, b in pairwise(units))
+    if len(units) != k or not ascending or (k and not (units[0] >= 0 and units[-1] < n)):
         raise ValueError(f"{units} are not {k} ascending units of {n}")
     rank, previous = 0, -1
     for chosen, unit in enumerate(units):

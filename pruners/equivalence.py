@@ -7,7 +7,7 @@ after norm and activation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +65,6 @@ def _silenced(model: nn.Module, found: Sequence[Coupling]) -> Iterator[None]:
 
 def _silence(module: nn.Module, channels: Sequence[int]) -> Any:
     dim = -1 if isinstance(module, _READS_CHANNELS_LAST) else 1
-    zero: Callable[[nn.Module, tuple[torch.Tensor]], tuple[torch.Tensor]]
 
     def zero(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         shape = [1] * inputs[0].ndim

@@ -48,7 +48,7 @@ def choose(
     kind = PRUNERS[pruner]
     space = Space.of([len(weights[name]) for name in ratios], list(ratios.values()))
     if kind.criterion:
-        removal = by_criterion(kind.criterion, list(weights[name] for name in ratios), space)
+        removal = by_criterion(kind.criterion, [weights[name] for name in ratios], space)
     elif kind.draws:
         removal = space.unrank(next(draws(space, pruner_seed or 0, "random")))
     elif sampling_seed is None:

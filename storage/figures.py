@@ -36,11 +36,19 @@ def scatter(cells: Sequence[CellData], x: str, y: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {"font.size": 9, "pdf.fonttype": 42, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    style: Any = {
+        "font.size": 9,
+        "pdf.fonttype": 42,
+        "svg.fonttype": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with plt.rc_context(style):
         across = min(len(cells), _COLUMNS)
         down = ceil(len(cells) / across)
-        figure, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.5 * down), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            down, across, figsize=(4.6 * across, 3.5 * down), squeeze=False, layout="constrained"
+        )
         panels = list(axes.flat)
         for panel, cell in zip(panels, cells, strict=False):
             _panel(panel, cell, x, y)
@@ -59,10 +67,16 @@ def _panel(panel: Any, cell: CellData, x: str, y: str) -> None:
         panel.scatter(a[chosen], b[chosen], s=16, color=colour, alpha=0.75, linewidths=0, label=label)
     panel.axvline(a[picked], color=_PICKED, linestyle="--", linewidth=0.8)
     panel.axhline(b[picked], color=_PICKED, linestyle="--", linewidth=0.8)
-    panel.scatter(a[picked], b[picked], s=130, marker="*", color=_PICKED, zorder=3, label="lowest loss: the oracle's pick")
+    panel.scatter(
+        a[picked], b[picked], s=130, marker="*", color=_PICKED, zorder=3, label="lowest loss: the oracle's pick"
+    )
     found = statistics.correlation(a.tolist(), b.tolist())
     anomaly = statistics.anomaly_ratio(a.tolist(), b.tolist(), higher=higher)
-    panel.set_title(f"{cell.title}\nKendall tau {found.kendall:.3f} (p = {found.kendall_p:.2g}, n = {found.n}), anomaly ratio {anomaly:.1%}", fontsize=8.5)
+    panel.set_title(
+        f"{cell.title}\nKendall tau {found.kendall:.3f} (p = {found.kendall_p:.2g}, n = {found.n}), "
+        f"anomaly ratio {anomaly:.1%}",
+        fontsize=8.5,
+    )
     panel.set_xlabel(_NAMES.get(x, x))
     panel.set_ylabel(_NAMES.get(y, y))
     if y.endswith(("accuracy", "accuracy_mean")):

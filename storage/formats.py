@@ -37,7 +37,9 @@ def _text(table: pa.Table, form: str) -> str:
 
         shown = [[_shown(v) for v in line] for line in lines]
         align = ["right" if _is_number(f.type) else "left" for f in table.schema]
-        return tabulate(shown, names, tablefmt=_TABULATE[form], disable_numparse=True, colalign=align if lines else None)
+        return tabulate(
+            shown, names, tablefmt=_TABULATE[form], disable_numparse=True, colalign=align if lines else None
+        )
     if form == "csv":
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")

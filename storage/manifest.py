@@ -61,9 +61,7 @@ def plan_batches(planned: Iterable[PlannedTask]) -> Iterator[pa.RecordBatch]:
     """The tasks as record batches of PLAN_SCHEMA; a million tasks never are in memory at once."""
     rest, position = iter(planned), 0
     while chunk := list(islice(rest, _BATCH)):
-        yield pa.RecordBatch.from_pylist(
-            [_line(position + k, one) for k, one in enumerate(chunk)], schema=PLAN_SCHEMA
-        )
+        yield pa.RecordBatch.from_pylist([_line(position + k, one) for k, one in enumerate(chunk)], schema=PLAN_SCHEMA)
         position += len(chunk)
 
 
@@ -101,4 +99,3 @@ def planned_tasks(plan: pa.Table) -> Iterator[PlannedTask]:
             if recipe not in cells:
                 cells[recipe] = Cell.from_json(recipe)
             yield PlannedTask(shard, Task(cells[recipe], candidate, seed))
-

@@ -134,7 +134,7 @@ def table_to_rows(table: pa.Table) -> list[Row]:
 
 def _row(record: dict[str, Any]) -> Row:
     removed = record.pop("removed")
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
     if removed is not None:
         known["removed"] = tuple(Removed(r["layer"], tuple(r["units"])) for r in removed)
     return Row(**known)
@@ -149,7 +149,6 @@ def conform(table: pa.Table) -> pa.Table:
     if missing:
         raise ValueError(f"no column {', '.join(missing)}")
     columns = [
-        table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(len(table), f.type)
-        for f in SCHEMA
+        table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in SCHEMA
     ]
     return pa.table(columns, schema=SCHEMA)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
+from duckdb.func import FunctionNullHandling
+from duckdb.sqltypes import DOUBLE
 
 from storage import statistics
 from storage.errors import QueryError
@@ -23,9 +25,7 @@ from storage.schema import COLUMNS
 if TYPE_CHECKING:
     from storage.store import Problem, Store
 
-PLAN_TABLE_SCHEMA = PLAN_SCHEMA.append(pa.field("sweep", pa.string())).append(
-    pa.field("expanded_at", pa.string())
-)
+PLAN_TABLE_SCHEMA = PLAN_SCHEMA.append(pa.field("sweep", pa.string())).append(pa.field("expanded_at", pa.string()))
 VIEWS = ("attempts", "rows", "tasks", "candidates", "cells", "sweeps", "failures")
 
 _EXPLAIN = re.compile(r"^\s*explain\s*(analyze\b|\([^)]*\))?\s*", re.IGNORECASE)
@@ -46,9 +46,7 @@ def plan_table(store: Store, sweep: str | None = None) -> pa.Table:
 
 
 @contextmanager
-def connection(
-    store: Store, report: Callable[[Problem], None] | None = None
-) -> Iterator[duckdb.DuckDBPyConnection]:
+def connection(store: Store, report: Callable[[Problem], None] | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection with the store's views, closed at the end: one with Python functions in it must be.
 
     `report` is told of every file in rows/ that is none of ours or cannot be read.
@@ -75,16 +73,15 @@ def connection(
 
 
 def _add_functions(con: duckdb.DuckDBPyConnection) -> None:
-    lists = ["DOUBLE[]", "DOUBLE[]"]
+    doubles = duckdb.list_type(DOUBLE)
+    special = FunctionNullHandling.SPECIAL
     for name in ("kendall", "spearman", "pearson"):
         for suffix, which in (("", 0), ("_p", 1)):
             function = _nullable(getattr(statistics, name), which)
-            con.create_function(f"{name}{suffix}", function, lists, "DOUBLE", null_handling="special")
+            con.create_function(f"{name}{suffix}", function, [doubles, doubles], DOUBLE, null_handling=special)
 
 
-def _nullable(
-    test: Callable[[Any, Any], tuple[float, float]], which: int
-) -> Callable[[Any, Any], float | None]:
+def _nullable(test: Callable[[Any, Any], tuple[float, float]], which: int) -> Callable[[Any, Any], float | None]:
     """`test` for SQL: null in, null out, and null where it is not defined."""
 
     def function(x: list[float] | None, y: list[float] | None) -> float | None:
@@ -115,9 +112,7 @@ def check_select(con: duckdb.DuckDBPyConnection, query: str) -> None:
         raise QueryError(f"a query is exactly one SELECT (or EXPLAIN of one); this is {found}")
 
 
-def run_query(
-    store: Store, query: str, report: Callable[[Problem], None] | None = None
-) -> pa.Table:
+def run_query(store: Store, query: str, report: Callable[[Problem], None] | None = None) -> pa.Table:
     """One SELECT over the store's views, fetched whole. Raises QueryError."""
     with connection(store, report) as con:
         check_select(con, query)

@@ -127,14 +127,14 @@ class Store:
         paths = sorted(i.path for i in self._files("rows") if i.path.endswith(".parquet"))
         with ThreadPoolExecutor(8) as pool:
             read = list(pool.map(self._row_file, paths))
-        tables = [table for table in read if isinstance(table, pa.Table)]
+        tables = [table for table in read if not isinstance(table, Problem)]
         problems = [problem for problem in read if isinstance(problem, Problem)]
         return pa.concat_tables([ROW_FILES_SCHEMA.empty_table(), *tables]), problems
 
     def _row_file(self, path: str) -> pa.Table | Problem:
         name = path.removeprefix(f"{self.root}/")
         try:
-            table = conform(pq.read_table(io.BytesIO(self._read(path))))
+            table = conform(pq.ParquetFile(io.BytesIO(self._read(path))).read())
         except _READ_ERRORS as error:
             return Problem(name, str(error).splitlines()[0] if str(error) else type(error).__name__)
         return table.append_column("file", pa.array([name] * len(table), pa.string()))
@@ -154,7 +154,7 @@ class Store:
         for info in self._files("rows"):
             if info.base_name.startswith(f"{shard_id}-") and info.path.endswith(".parquet"):
                 table = self._row_file(info.path)
-                if isinstance(table, pa.Table):
+                if not isinstance(table, Problem):
                     pairs = zip(table["task_id"].to_pylist(), table["status"].to_pylist(), strict=True)
                     for task_id, status in pairs:
                         attempts.setdefault(task_id, []).append(status)
@@ -201,7 +201,7 @@ class Store:
         """The tasks of an expansion, one line each, in order, of PLAN_SCHEMA."""
         path = f"{self.root}/sweeps/{manifest.sweep}/{manifest.stem}.parquet"
         try:
-            return pq.read_table(io.BytesIO(self._read(path)), schema=PLAN_SCHEMA)
+            return pq.ParquetFile(io.BytesIO(self._read(path))).read().select(PLAN_SCHEMA.names)
         except _READ_ERRORS as error:
             raise StoreError(f"cannot read {path}: {error}") from error
 

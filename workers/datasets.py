@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workers.streams import generator
 
@@ -91,7 +91,7 @@ def _load_digits(_: Path) -> tuple[Split, Split]:
     from sklearn.datasets import load_digits
     from torch.nn import functional as F
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     images = torch.from_numpy(bunch["images"]).float().div(16).unsqueeze(1)
     labels = torch.from_numpy(bunch["target"]).long()
     images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from storage.records import Task
 
 
-def network_file(state: Mapping[str, torch.Tensor], task: Task, removed: Mapping[str, Sequence[int]], classes: int) -> bytes:
+def network_file(
+    state: Mapping[str, torch.Tensor], task: Task, removed: Mapping[str, Sequence[int]], classes: int
+) -> bytes:
     """The content of a kept network's file: its weights, and what is needed to build it again."""
     from safetensors.torch import save
 

@@ -29,7 +29,6 @@ from workers.training import Epoch, measure, train
 
 if TYPE_CHECKING:
     from storage.records import Execution, Task
-    from storage.store import Store
     from workers.worker import DenseModel, Worker
 
 
@@ -53,7 +52,7 @@ def run_task(task: Task, worker: Worker, *, keep: str = "none", attempt: int = 1
     execution = worker.execution(task.cell)
     with arithmetic(execution):
         before, seconds_prune = timed(lambda: prune_and_measure(task, dense, worker))
-        after, seconds_retrain = timed(lambda: retrain_and_measure(task, before, worker, execution, keep))
+        after, seconds_retrain = timed(lambda: retrain_and_measure(task, before, worker, keep))
     where = provenance(worker, execution, attempt)
     times = {
         "seconds_prune": seconds_prune,
@@ -109,9 +108,7 @@ def prune_task(task: Task, dense: DenseModel, worker: Worker) -> Pruned:
     l1_removed = choose("l1", weights, ratios) if cell.propagation == "released" else None
     probe = worker.data(cell.dense).train.images[:PROBE_SAMPLES].cpu()
     with seeded(cell.dense.dataset, 0, "surgery"):
-        network = prune(
-            dense.model, removed, probe[:1], propagation=cell.propagation, l1_removed=l1_removed
-        )
+        network = prune(dense.model, removed, probe[:1], propagation=cell.propagation, l1_removed=l1_removed)
         checked = equivalence(dense.model, network, removed, probe)
     if cell.propagation == "exact" and checked.error is not None and not checked.error <= LIMIT:
         raise NotEquivalent(f"relative difference {checked.error:.3g} to the masked network, limit {LIMIT}")
@@ -142,9 +139,7 @@ def scores(weights: Mapping[str, torch.Tensor], removed: Mapping[str, tuple[int,
     }
 
 
-def retrain_and_measure(
-    task: Task, before: Pruned, worker: Worker, execution: Execution, keep: str
-) -> dict[str, Any]:
+def retrain_and_measure(task: Task, before: Pruned, worker: Worker, keep: str) -> dict[str, Any]:
     """Retrain the pruned network; the columns of the row that this fills."""
     cell, network = task.cell, before.network
     kept = Keeper(network, keep)

@@ -144,8 +144,8 @@ class Worker:
 
     def execution(self, cell: Cell) -> Execution:
         """How tasks of this shape are computed here."""
-        from pruners.candidates import n_removed
         from models import layer_units
+        from pruners.candidates import n_removed
         from workers.execution import choose_execution
 
         units = layer_units(cell.dense.model)
