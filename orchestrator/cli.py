@@ -110,6 +110,9 @@ def _project_file() -> dict[str, Any]:
     unknown = sorted(set(found) - {"store", "data_root", "address"})
     if unknown:
         raise UserError(f"{path}: unknown key {unknown[0]}; allowed: store, data_root, address")
+    for key, value in found.items():
+        if not isinstance(value, str) or not value:
+            raise UserError(f'{path}: {key} is text, as {key} = "...", not {value!r}')
     return found
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -62,7 +61,7 @@ def submit(
     for _ in cells(checked, document):
         pass
     opened = Store(store)
-    location = opened.root if opened.is_local else opened.location
+    location = opened.absolute
     server = _needed(address)
     job = submit_job(server, checked.name, document.text(), location, absolute(data_root))
     click.echo(job)
@@ -141,30 +140,20 @@ def stop(sweep: str, store: str, address: str | None) -> None:
     prunesweep stop digits
     prunesweep stop digits --address http://head:8265
     """
+    from orchestrator.drivers import drivers, is_here
+
     if address:
         _stop_job(sweep, address)
         return
-    drivers = [d for d in existing_store(store).notes("drivers").values() if d["sweep"] == sweep]
-    alive = [driver for driver in drivers if _is_alive(driver)]
+    found = drivers(existing_store(store), sweep)
+    alive = [driver for driver in found if is_here(driver)]
     if not alive:
-        elsewhere = ", ".join(sorted({d["host"] for d in drivers if d["host"] != socket.gethostname()}))
-        hint = f" (noted on {elsewhere}: stop it there)" if elsewhere else ""
+        elsewhere = ", ".join(sorted({driver["host"] for driver in found}))
+        hint = f" (one is noted on {elsewhere}: stop it there)" if elsewhere else ""
         raise UserError(f"no run of {sweep} is at work on this machine{hint}; a submitted one needs --address")
     for driver in alive:
         os.kill(driver["pid"], signal.SIGINT)
         click.echo(f"asked process {driver['pid']} to stop; `prunesweep resume {sweep}` goes on", err=True)
-
-
-def _is_alive(driver: dict[str, Any]) -> bool:
-    """Whether the driver is a process of this machine, and still the one that left the note."""
-    import psutil
-
-    if driver["host"] != socket.gethostname():
-        return False
-    try:
-        return abs(psutil.Process(driver["pid"]).create_time() - driver["process_started"]) < 1
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _stop_job(sweep: str, address: str) -> None:

@@ -70,15 +70,14 @@ def status(sweep: str, by: str, store: str, form: str, output: Path | None) -> N
     prunesweep status digits
     prunesweep status digits --by shard -f json
     """
-    from orchestrator.plan import newest
+    from orchestrator.drivers import drivers
     from storage.sql import run_query
 
     opened = existing_store(store)
-    newest(opened, sweep)
+    opened.newest(sweep)
     emit(run_query(opened, _STATUS[by].format(sweep=_quoted(sweep)), warn), form, output)
-    drivers = [d for d in opened.notes("drivers").values() if d["sweep"] == sweep]
-    for driver in drivers:
-        where = f"on {driver['host']}, process {driver['pid']}, since {driver['started_at'][:19]} UTC"
+    for driver in drivers(opened, sweep):
+        where = f"on {driver['host']}, process {driver['pid']}, since {driver['started_at']} UTC"
         click.echo(f"a driver noted that it is at work {where}", err=True)
 
 
@@ -109,9 +108,16 @@ def query(sql: str | None, file: Path | None, store: str, form: str, output: Pat
 
     if (sql is None) == (file is None):
         raise click.UsageError("give the SQL, or --file FILE")
-    text = file.read_text() if file else str(sql)
+    text = _sql_of(file) if file else str(sql)
     text = sys.stdin.read() if text == "-" else text
     emit(run_query(existing_store(store), text, warn), form, output)
+
+
+def _sql_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"cannot read {file}: {error}") from error
 
 
 @click.command()

@@ -114,11 +114,10 @@ def resume(
     prunesweep resume digits --failed
     prunesweep resume digits --where "candidate < 10"
     """
-    from orchestrator.plan import newest
     from orchestrator.run import run_sweep
 
     opened = existing_store(store)
-    manifest = newest(opened, sweep)
+    manifest = opened.newest(sweep)
     only = _chosen(opened, sweep, failed, where, shard)
     options = _options(ctx, data_root, address, inline)
     outcome = _or_say_how_to_resume(sweep, store, data_root, lambda: run_sweep(opened, manifest, options, only))
@@ -156,10 +155,11 @@ def _or_say_how_to_resume(sweep: str, store: str, data_root: str, work: Callable
 def _close(ctx: click.Context, store: Store, outcome: Outcome, form: str, output: Any) -> None:
     """Print the table, then what went wrong; exit 3 if anything did."""
     from orchestrator.cli import FAILED_TASKS
-    from orchestrator.cli_read import correlations
+    from orchestrator.cli_read import BEST_NOTE, correlations
 
     if outcome.done:
         emit(correlations(store, outcome.sweep), form, output)
+        click.echo(BEST_NOTE, err=True)
     for problem in outcome.problems:
         click.echo(f"problem: {problem}", err=True)
     if outcome.complete:
@@ -196,6 +196,7 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
     document = _document(spec, overrides)
     checked = check(document, absolute(data_root))
     opened = Store(store)
+    opened.check_writable()  # what `run` would refuse, so does the plan
     found = plan_of_spec(opened, checked, document)
     lines = _cell_lines(opened, checked, document)
     emit(pa.Table.from_pylist(lines), form, output)

@@ -105,7 +105,8 @@ def _fetch(name: str, data_root: str) -> str:
 @output_options
 @click.pass_context
 def doctor(ctx: click.Context, store: str, data_root: str, form: str, output: Path | None) -> None:
-    """Check this machine, the store and the data; each line says what to do. Exits 1 if any is bad.
+    """Check this machine, the store and the data; each line says what to do. Exits 5 if the store is bad, 1 if
+    the installation is.
 
     \b
     prunesweep doctor --store /shared/results --data-root /shared/data
@@ -118,9 +119,10 @@ def doctor(ctx: click.Context, store: str, data_root: str, form: str, output: Pa
         form,
         output,
     )
-    if any(result == BAD for _, result, _ in lines):
+    bad = [check for check, result, _ in lines if result == BAD]
+    if bad:
         sys.stdout.flush()
-        ctx.exit(1)
+        ctx.exit(5 if bad == ["store"] else 1)
 
 
 def _machine() -> Iterator[Check]:

@@ -12,10 +12,14 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
 from orchestrator.errors import UserError
 
 Path_ = tuple[str | int, ...]
+
+# A scalar that is not of its kind (2024-02-31, !!int x) is a bare ValueError.
+_BAD_YAML = (YAMLError, ValueError)
 
 
 class Document:
@@ -30,7 +34,7 @@ class Document:
             mark = error.problem_mark or error.context_mark
             where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
             raise UserError(f"{where}: not valid YAML: {error.problem or error.context}") from error
-        except YAMLError as error:
+        except _BAD_YAML as error:
             raise UserError(f"{name}: not valid YAML: {error}") from error
         if not isinstance(self.data, CommentedMap):
             raise UserError(f"{name}:1:1: a spec is a mapping of keys to values (see `prunesweep studies`)")
@@ -38,17 +42,18 @@ class Document:
     def override(self, assignment: str) -> None:
         """Apply `a.b=value`; the value is YAML. Raises UserError."""
         path_text, equals, value_text = assignment.partition("=")
-        keys: list[str | int] = [int(k) if k.isdigit() else k for k in path_text.strip().split(".")]
+        keys: list[str | int] = [int(k) if k.isdecimal() else k for k in path_text.strip().split(".")]
         if not equals or not path_text.strip():
             raise UserError(f"--set {assignment}: write it as key=value, for example grid.ratio=0.2")
         try:
             value = YAML(typ="rt").load(value_text)
-        except YAMLError as error:
+        except _BAD_YAML as error:
             raise UserError(f"--set {assignment}: the value is not valid YAML") from error
         target = self.data
-        for key in keys[:-1]:
+        for i, key in enumerate(keys[:-1], 1):
             if isinstance(target, CommentedMap) and key not in target:
                 target[key] = CommentedMap()
+                self._overridden[tuple(keys[:i])] = assignment
             target = self._child(target, key, assignment)
         if not isinstance(target, CommentedMap | CommentedSeq):
             raise UserError(f"--set {assignment}: {'.'.join(map(str, keys[:-1]))} has no keys")
@@ -94,8 +99,8 @@ def _plain(node: Any) -> Any:
         return {_plain(k): _plain(v) for k, v in node.items()}
     if isinstance(node, list):
         return [_plain(v) for v in node]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
+    for kind, made_of in ((bool, bool | ScalarBoolean), (int, int), (float, float), (str, str)):
+        if isinstance(node, made_of):
             return kind(node)
     return node
 
@@ -109,11 +114,11 @@ def study_names() -> list[str]:
 def open_document(spec: str) -> Document:
     """The document of a spec: a file's path, or a study's name. Raises UserError."""
     path = Path(spec)
-    if path.is_file():
-        try:
+    try:
+        if path.is_file():
             return Document(spec, path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {spec}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {spec}: {error}") from error
     if spec in study_names():
         text = files("orchestrator").joinpath("studies", f"{spec}.yaml").read_text()
         return Document(f"study {spec}", text)

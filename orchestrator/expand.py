@@ -99,18 +99,20 @@ def check_data_fits(spec: SweepSpec, document: Document) -> None:
 def _layer_points(spec: SweepSpec, model: str, document: Document) -> Iterator[Layers]:
     """The grid points of the layers axis, each with its ratio or ratios."""
     for i, entry in enumerate(spec.grid.layers):
-        scalar = not isinstance(document.data["grid"]["layers"], list)
-        path = ("grid", "layers") if scalar else ("grid", "layers", i)
-        fail = _failer(document, path)
+        fail = _failer(document, "layers", i)
         if isinstance(entry, dict):
-            yield _resolve(model, entry, fail)
+            yield _removing_some(model, _resolve(model, entry, fail), fail)
             continue
         patterns = [entry] if isinstance(entry, str) else entry
-        for ratio in spec.grid.ratio or []:
-            yield _resolve(model, dict.fromkeys(patterns, ratio), fail)
+        for j, ratio in enumerate(spec.grid.ratio or []):
+            layers = _resolve(model, dict.fromkeys(patterns, ratio), fail)
+            yield _removing_some(model, layers, _failer(document, "ratio", j))
 
 
-def _failer(document: Document, path: tuple[str | int, ...]) -> Callable[[str], UserError]:
+def _failer(document: Document, axis: str, index: int) -> Callable[[str], UserError]:
+    """What makes an error of a point of an axis; it says where the point stands."""
+    several = isinstance(document.data["grid"][axis], list)
+    path = ("grid", axis, index) if several else ("grid", axis)
     return lambda message: UserError(f"{document.where(path)}: {'.'.join(map(str, path))}: {message}")
 
 
@@ -127,12 +129,18 @@ def _resolve(model: str, ratios: dict[str, float], fail: Callable[[str], UserErr
             if found.get(name, ratio) != ratio:
                 raise fail(f"{name} of {model} is given two ratios, {found[name]} and {ratio}")
             found[name] = ratio
-    for name, ratio in found.items():
+    return tuple((name, found[name]) for name in units if name in found)
+
+
+def _removing_some(model: str, layers: Layers, fail: Callable[[str], UserError]) -> Layers:
+    """`layers`, if each loses some of its units and not all."""
+    units = layer_units(model)
+    for name, ratio in layers:
         removed = n_removed(units[name], ratio)
         if not 0 < removed < units[name]:
             what = "nothing" if removed == 0 else "everything"
             raise fail(f"ratio {ratio} removes {what} of the {units[name]} units of {name} of {model}")
-    return tuple((name, found[name]) for name in units if name in found)
+    return layers
 
 
 def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def run_inline(queue: Queue, store: Store, options: Options, progress: Progress) -> None:
     """Run a queue to its end. Interrupts pass through; a dense model's error ends with it."""
-    worker = Worker(store, options.data_root)
+    worker = Worker(store, options.data_root, cpu=options.gpus == 0)
     while (shard := queue.next()) is not None:
         try:
             for row in _rows(shard, worker):
@@ -39,8 +39,8 @@ def _rows(shard: Shard, worker: Worker) -> Iterator[Row]:
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        yield from pool.submit(_elsewhere, shard, worker.store.location, worker.data_root).result()
+        yield from pool.submit(_elsewhere, shard, worker.store.absolute, worker.data_root, worker.cpu).result()
 
 
-def _elsewhere(shard: Shard, location: str, data_root: str) -> list[Row]:
-    return list(Worker(Store(location), data_root, shard.precision).run_shard(shard))
+def _elsewhere(shard: Shard, location: str, data_root: str, cpu: bool) -> list[Row]:
+    return list(Worker(Store(location), data_root, shard.precision, cpu=cpu).run_shard(shard))

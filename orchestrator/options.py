@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -46,18 +47,25 @@ where_option = click.option("--where", metavar="SQL", help="Only candidates for 
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """-f and -o."""
+    """-f and -o, checked before the command runs: after it would be late."""
+
+    @functools.wraps(command)
+    def checked(*args: Any, form: str, output: Path | None, **options: Any) -> Any:
+        if form == "parquet" and output is None and sys.stdout.isatty():
+            raise click.UsageError("-f parquet needs -o FILE (or a pipe)")
+        if output is not None and not output.parent.is_dir():
+            raise click.UsageError(f"cannot write {output}: there is no folder {output.parent}")
+        return command(*args, form=form, output=output, **options)
+
     form = click.option("-f", "--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
     output = click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file.")
-    return form(output(command))
+    return form(output(checked))
 
 
 def emit(table: pa.Table, form: str, output: Path | None) -> None:
-    """Print a table, or write it to a file. Raises a usage error for parquet on a terminal."""
+    """Print a table, or write it to a file."""
     from storage.formats import render
 
-    if form == "parquet" and output is None and sys.stdout.isatty():
-        raise click.UsageError("-f parquet needs -o FILE (or a pipe)")
     content = render(table, form)
     if output is None:
         sys.stdout.buffer.write(content)

@@ -107,15 +107,6 @@ def plan_of_sweep(store: Store, manifest: Manifest, only: frozenset[str] | None 
     return make_plan(store, spec, planned_tasks(store.plan_table(manifest)), only)
 
 
-def newest(store: Store, sweep: str) -> Manifest:
-    """A sweep's newest expansion. Raises UserError where there is none."""
-    manifest = store.manifest(sweep)
-    if manifest is None:
-        known = ", ".join(store.sweeps()) or "none"
-        raise UserError(f"no sweep {sweep} in {store.location}; there are: {known}")
-    return manifest
-
-
 @dataclass(frozen=True)
 class Cost:
     """What is left, estimated from rows of the same model, data set and recipe: seconds of one

@@ -55,9 +55,9 @@ class Queue:
         """
         shard = self.running.pop(shard_id)
         if shard.dense:
-            needing = [s for s in self.waiting if s.needs.dense_id == shard.dense.dense_id]
-            self.waiting = [s for s in self.waiting if s not in needing]
-            left = sum(len(s.tasks) for s in needing)
+            lost = shard.dense.dense_id
+            left = sum(len(s.tasks) for s in self.waiting if s.needs.dense_id == lost)
+            self.waiting = [s for s in self.waiting if s.needs.dense_id != lost]
             self.problems.append(
                 f"the dense model {shard.dense.model} on {shard.dense.dataset} could not be trained, "
                 f"so {left} tasks stay pending: {reason}"

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from orchestrator.queue import Queue
     from orchestrator.run import Options
 
+SETUP_HOOK = "prunesweep.claim_rooms"
+"""Run first in every worker process, so that a `models` in the working directory is not taken for ours."""
+
 STEP_SECONDS = 1.0
 """A worker reports after this long at the latest, between two tasks."""
 
@@ -36,7 +39,6 @@ _TUNE = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
@@ -50,7 +52,7 @@ class ShardTrainable(tune.Trainable):
     def take(self, config: dict[str, Any]) -> None:
         shard = Shard.from_dict(config["shard"])
         if self.worker is None:
-            self.worker = Worker(Store(config["store"]), config["data_root"], shard.precision)
+            self.worker = Worker(Store(config["store"]), config["data_root"], shard.precision, cpu=config["cpu"])
         self.rows = self.worker.run_shard(shard)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -133,9 +135,9 @@ def _reason(trial: Any) -> str:
 
 def run_on_ray(queue: Queue, store: Store, options: Options, progress: Progress) -> None:
     """Run a queue to its end on the cluster this process is connected to."""
-    common = {"store": store.location if not store.is_local else store.root, "data_root": options.data_root}
     workers = None if options.workers == "auto" else int(options.workers)
     gpus = _gpus(options)
+    common = {"store": store.absolute, "data_root": options.data_root, "cpu": gpus == 0}
     _check_fits(options.cpus, gpus)
     storage = tempfile.mkdtemp(prefix="prunesweep-tune-")
     try:
@@ -201,7 +203,7 @@ def connected(options: Options) -> Iterator[None]:
         "address": options.address or "local",
         "log_to_driver": options.debug,
         "logging_level": logging.INFO if options.debug else logging.ERROR,
-        "runtime_env": {"worker_process_setup_hook": "prunesweep.claim_rooms"},
+        "runtime_env": {"worker_process_setup_hook": SETUP_HOOK},
     }
     if not options.address:
         arguments |= {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.documents import Document
+from orchestrator.drivers import sign_of_life
+from orchestrator.expand import keeps
 from orchestrator.plan import Plan, check, plan_of_sweep, planned
 from orchestrator.progress import Progress, progress, say
 from orchestrator.queue import Queue
@@ -68,6 +68,7 @@ def run_sweep(store: Store, manifest: Manifest, options: Options, only: frozense
         wanted = plan.spec.resources
         with_resources = replace(options, workers=wanted.workers, cpus=wanted.cpus, gpus=wanted.gpus)
         problems = drive(store, plan, with_resources, manifest.sweep)
+    say_what_is_not_kept(store, plan, manifest.sweep)
     return outcome(store, manifest, problems)
 
 
@@ -82,6 +83,21 @@ def opening(sweep: str, plan: Plan, store: Store) -> str:
         f"{sweep}: {plan.total} tasks in {plan.cells} cells, {done} done, {plan.unfinished} to run "
         f"in {len(plan.shards)} shards{dense}; store {store.location}"
     )
+
+
+def say_what_is_not_kept(store: Store, plan: Plan, sweep: str) -> None:
+    """`retrain.keep` does not run a task again: tell which networks it comes too late for."""
+    keeping = [recipe for recipe, keep in keeps(plan.spec.retrain).items() if keep != "none"]
+    if not keeping:
+        return
+    lost = store.sql(
+        f"select count(*) from tasks where sweep = '{sweep}' and status = 'done' and kept_network is null"
+        f" and not diverged and list_contains({keeping}, recipe_id)"
+    ).fetchall()[0][0]
+    if lost:
+        say(
+            f"{sweep}: {lost} tasks were done before `retrain.keep` was set and have no kept network; a new store has all"
+        )
 
 
 def outcome(store: Store, manifest: Manifest, problems: list[str]) -> Outcome:
@@ -102,7 +118,7 @@ def counts_of(store: Store, manifest: Manifest) -> dict[str, int]:
 def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
     """Run a plan's shards on Ray, or in this process; return what went wrong besides failed tasks."""
     queue = Queue.of(plan.shards, plan.denses, random.SystemRandom())
-    with _sign_of_life(store, sweep, options), _terminate_as_interrupt(), progress(plan.unfinished) as shown:
+    with sign_of_life(store, sweep, options.address), _terminate_as_interrupt(), progress(plan.unfinished) as shown:
         if options.inline:
             from orchestrator.inline import run_inline
 
@@ -134,30 +150,6 @@ def _bury(shard: Shard, store: Store) -> None:
         "finished_at": now,
     }
     store.commit_rows(shard.filed_under, [row_for(task, "failed", what)])
-
-
-@contextmanager
-def _sign_of_life(store: Store, sweep: str, options: Options) -> Iterator[None]:
-    """A note in scratch that a driver is at work, for `status` and `stop`."""
-    import psutil
-
-    name = f"drivers/{uuid.uuid4().hex}"
-    pid = os.getpid()
-    store.note(
-        name,
-        {
-            "sweep": sweep,
-            "host": socket.gethostname(),
-            "pid": pid,
-            "process_started": psutil.Process(pid).create_time(),
-            "address": options.address,
-            "started_at": utc_now().isoformat(),
-        },
-    )
-    try:
-        yield
-    finally:
-        store.forget(name)
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from models.registry import MODELS
@@ -48,8 +48,11 @@ def _once(values: list[Any]) -> list[Any]:
 Model = Annotated[str, _one_of(MODELS)]
 DatasetName = Annotated[str, _one_of(DATASETS)]
 PrunerName = Annotated[str, _one_of(PRUNERS)]
-Ratio = Annotated[float, AfterValidator(_inside)]
-Seed = Annotated[int, Field(ge=0, strict=True)]
+# Strict: `true` and '1' are no numbers.
+Count = Annotated[int, Field(ge=1, strict=True)]
+Number = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(strict=True), AfterValidator(_inside)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
 LayersEntry = str | tuple[str, ...] | dict[str, float]
 
 
@@ -70,7 +73,8 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-_axis = (BeforeValidator(_as_list), AfterValidator(_once), Field(min_length=1))
+_points = (BeforeValidator(_as_list), Field(min_length=1))
+_axis = (*_points, AfterValidator(_once))
 
 
 class Strict(BaseModel):
@@ -82,8 +86,8 @@ class Grid(Strict):
 
     model: Annotated[list[Model], *_axis]
     dataset: Annotated[list[DatasetName], *_axis]
-    layers: Annotated[list[Annotated[Any, AfterValidator(_layers_entry)]], *_axis]
-    ratio: Annotated[list[Ratio], *_axis] | None = None
+    layers: Annotated[list[Annotated[Any, AfterValidator(_layers_entry)]], *_points]
+    ratio: Annotated[list[Ratio], *_points] | None = None
     pruner: Annotated[list[PrunerName], *_axis] = ["oracle"]
     pruner_seed: Annotated[list[Seed], *_axis] = [0]
     granularity: Annotated[list[Literal["filter"]], *_axis] = ["filter"]
@@ -96,7 +100,7 @@ class Candidates(Strict):
     """Which candidates of a cell the oracle pruner takes."""
 
     mode: Literal["all", "sample"] = "all"
-    count: Annotated[int, Field(ge=1, strict=True)] | None = None
+    count: Count | None = None
     seed: Seed = 0
 
 
@@ -119,13 +123,19 @@ def _lr_table(value: Any) -> Any:
 class Training(Strict):
     """What dense training and retraining have in common."""
 
-    epochs: Annotated[int, Field(ge=1, strict=True)]
-    batch_size: Annotated[int, Field(ge=1, strict=True)]
+    epochs: Count
+    batch_size: Count
     lr: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_lr_table)]
     optimizer: Literal["sgd"] = "sgd"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    momentum: Annotated[Number, Field(lt=1)] = 0.0
     nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: Number = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum of more than 0")
+        return self
 
     def recipe(self, seed: int | None = None) -> Recipe:
         fields = {name: getattr(self, name) for name in Training.model_fields}
@@ -143,10 +153,10 @@ class Retraining(Training):
 class Resources(Strict):
     """What a shard gets, and how many run at once. `gpus: auto` is 1 where the cluster has any."""
 
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    cpus: Annotated[float, Field(gt=0)] = 1
-    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    candidates_per_shard: Annotated[int, Field(ge=1)] = 16
+    workers: Count | Literal["auto"] = "auto"
+    cpus: Annotated[Number, Field(gt=0)] = 1
+    gpus: Number | Literal["auto"] = "auto"
+    candidates_per_shard: Count = 8
 
 
 class SweepSpec(Strict):
@@ -157,8 +167,8 @@ class SweepSpec(Strict):
     candidates: Candidates = Candidates()
     dense: Annotated[list[DenseTraining], *_axis]
     retrain: Annotated[list[Retraining], *_axis]
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    loss_subset: Annotated[int, Field(ge=1, strict=True)] | None = None
+    validation: Annotated[Number, Field(lt=1)] = 0.0
+    loss_subset: Count | None = None
     resources: Resources = Resources()
 
 
@@ -206,7 +216,7 @@ def _path(document: Document, loc: tuple[str | int, ...]) -> tuple[str | int, ..
     path: list[str | int] = []
     node: Any = document.data
     for key in loc:
-        if isinstance(node, dict) and (key in node or key == loc[-1]):
+        if isinstance(node, dict) and (key in node or (key == loc[-1] and isinstance(key, str))):
             path.append(key)
             node = node.get(key)
         elif isinstance(node, list) and isinstance(key, int) and key < len(node):
@@ -225,6 +235,10 @@ def _message(detail: ErrorDetails) -> str:
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", detail.get("ctx", {}).get("expected", ""))
         return f"unknown name {given!r}; allowed: {', '.join(allowed)}{nearest(given, allowed)}"
+    if kind == "too_short":
+        return "this list is empty; give at least one value"
+    if kind == "model_type":
+        return f"this is a mapping of keys to values, not {given!r}"
     message = detail["msg"].removeprefix("Value error, ")
     return message if kind == "value_error" else f"{message}, not {given!r}"
 

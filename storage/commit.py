@@ -1,7 +1,7 @@
 """One file made durable, whole or not at all, never in place of another.
 
 On a local file system: a temporary name in the same folder, fsync, link without replacing, fsync of
-the folder. On an object store: one PUT of a name nobody else uses.
+the folder. On an object store: one PUT of a name nobody else uses, unless the name is there already.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def commit(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
             _commit_local(Path(path), content)
-        else:
+        elif filesystem.get_file_info(path).type == pafs.FileType.NotFound:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(content)
     except OSError as error:
@@ -56,8 +56,8 @@ def _link(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # The name is unique or its content is: renaming replaces nothing that differs.
-        os.rename(temporary, path)
+        if not path.exists():
+            os.rename(temporary, path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -117,6 +117,8 @@ def _plain(value: Any) -> Any:
     """A field's value in the form Arrow takes."""
     if isinstance(value, tuple) and value and isinstance(value[0], Removed):
         return [{"layer": r.layer, "units": list(r.units)} for r in value]
+    if isinstance(value, str):  # a traceback may quote a file name that is no UTF-8
+        return value.encode(errors="backslashreplace").decode()
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -143,12 +145,19 @@ def _row(record: dict[str, Any]) -> Row:
 def conform(table: pa.Table) -> pa.Table:
     """`table` in the pinned schema: columns it lacks are null, columns beyond it are dropped.
 
-    Raises ValueError for a table that is not of ours: a required column missing or of another type.
+    Raises ValueError for a table that is not of ours: a required column missing, or one of our names
+    twice or with values of another type.
     """
     missing = [name for name in REQUIRED if name not in table.column_names]
     if missing:
         raise ValueError(f"no column {', '.join(missing)}")
-    columns = [
-        table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in SCHEMA
-    ]
-    return pa.table(columns, schema=SCHEMA)
+    return pa.table([_column(table, field) for field in SCHEMA], schema=SCHEMA)
+
+
+def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
+    if field.name not in table.column_names:
+        return pa.nulls(len(table), field.type)
+    try:
+        return table[field.name].cast(field.type)
+    except (KeyError, pa.ArrowException) as error:
+        raise ValueError(f"column {field.name}: {error}") from error

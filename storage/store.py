@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from storage.commit import commit
-from storage.errors import StoreError
+from storage.errors import QueryError, StoreError
 from storage.manifest import PLAN_SCHEMA, Manifest, PlannedTask, plan_batches
 from storage.records import Row, utc_now
 from storage.schema import SCHEMA, conform, rows_to_table
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import duckdb
 
 ROW_FILES_SCHEMA = SCHEMA.append(pa.field("file", pa.string()))
-_READ_ERRORS = (pa.ArrowException, ValueError, OSError)
+_READ_ERRORS = (pa.ArrowException, ValueError, OSError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Store:
     def is_local(self) -> bool:
         return isinstance(self.fs, pafs.LocalFileSystem)
 
+    @property
+    def absolute(self) -> str:
+        """Its location as any process on any machine that sees it would say it."""
+        return self.root if self.is_local else self.location
+
     def exists(self) -> bool:
         """Whether anything was ever stored here."""
         return bool(self._files("sweeps", recursive=True) or self._files("rows"))
@@ -88,12 +93,12 @@ class Store:
             self.fs.delete_file(path)
             return
         folder = Path(self.root)
-        while not folder.exists():
-            folder = folder.parent
-        if not folder.is_dir():
-            raise StoreError(f"{folder} is a file: a store is a folder")
-        probe = folder / f".prunesweep-{uuid.uuid4().hex}"
         try:
+            while not folder.exists():
+                folder = folder.parent
+            if not folder.is_dir():
+                raise StoreError(f"{folder} is a file: a store is a folder")
+            probe = folder / f".prunesweep-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -112,12 +117,15 @@ class Store:
         with self.fs.open_input_file(path) as file:
             return file.read()
 
+    def _read_table(self, path: str) -> pa.Table:
+        return pq.ParquetFile(io.BytesIO(self._read(path)), page_checksum_verification=True).read()
+
     # -- rows -------------------------------------------------------------------------------------
 
     def commit_rows(self, shard_id: str, rows: Iterable[Row]) -> str:
         """Make `rows` durable as one immutable file and return its name."""
         buffer = io.BytesIO()
-        pq.write_table(rows_to_table(rows), buffer, compression="zstd")
+        pq.write_table(rows_to_table(rows), buffer, compression="zstd", write_page_checksum=True)
         name = f"rows/{shard_id}-{uuid.uuid4().hex}.parquet"
         commit(self.fs, f"{self.root}/{name}", buffer.getvalue())
         return name
@@ -134,7 +142,7 @@ class Store:
     def _row_file(self, path: str) -> pa.Table | Problem:
         name = path.removeprefix(f"{self.root}/")
         try:
-            table = conform(pq.ParquetFile(io.BytesIO(self._read(path))).read())
+            table = conform(self._read_table(path))
         except _READ_ERRORS as error:
             return Problem(name, str(error).splitlines()[0] if str(error) else type(error).__name__)
         return table.append_column("file", pa.array([name] * len(table), pa.string()))
@@ -188,6 +196,13 @@ class Store:
         ]
         return Manifest(name, max(stems)) if stems else None
 
+    def newest(self, name: str) -> Manifest:
+        """The same, for a sweep that must be there. Raises QueryError, naming those there are."""
+        manifest = self.manifest(name)
+        if manifest is None:
+            raise QueryError(f"no sweep {name} in {self.location}; there are: {', '.join(self.sweeps()) or 'none'}")
+        return manifest
+
     def sweeps(self) -> list[str]:
         """Names of the sweeps, sorted."""
         paths = [i.path for i in self._files("sweeps", recursive=True) if i.path.endswith(".parquet")]
@@ -201,7 +216,7 @@ class Store:
         """The tasks of an expansion, one line each, in order, of PLAN_SCHEMA."""
         path = f"{self.root}/sweeps/{manifest.sweep}/{manifest.stem}.parquet"
         try:
-            return pq.ParquetFile(io.BytesIO(self._read(path))).read().select(PLAN_SCHEMA.names)
+            return self._read_table(path).select(PLAN_SCHEMA.names)
         except _READ_ERRORS as error:
             raise StoreError(f"cannot read {path}: {error}") from error
 

@@ -19,6 +19,7 @@ from pruners.criteria import CRITERIA, score
 from pruners.equivalence import LIMIT, PROBE_SAMPLES, equivalence
 from pruners.pruners import choose
 from pruners.surgery import prune
+from storage.identity import canonical_json
 from storage.records import Removed, Row, row_for, utc_now
 from workers.datasets import DATASETS
 from workers.dense import on_device, portable
@@ -28,7 +29,7 @@ from workers.streams import seeded
 from workers.training import Epoch, measure, train
 
 if TYPE_CHECKING:
-    from storage.records import Execution, Task
+    from storage.records import Task
     from workers.worker import DenseModel, Worker
 
 
@@ -53,7 +54,11 @@ def run_task(task: Task, worker: Worker, *, keep: str = "none", attempt: int = 1
     with arithmetic(execution):
         before, seconds_prune = timed(lambda: prune_and_measure(task, dense, worker))
         after, seconds_retrain = timed(lambda: retrain_and_measure(task, before, worker, keep))
-    where = provenance(worker, execution, attempt)
+    where = provenance(attempt) | {
+        "execution": execution.json,
+        "device": str(worker.accelerator.device),
+        "peak_memory_bytes": peak_memory(worker.accelerator.device),
+    }
     times = {
         "seconds_prune": seconds_prune,
         "seconds_retrain": seconds_retrain,
@@ -232,16 +237,11 @@ def outcome(epochs: Sequence[Epoch], planned: int) -> dict[str, Any]:
     return columns
 
 
-def provenance(worker: Worker, execution: Execution | None, attempt: int) -> dict[str, Any]:
-    """Where and how a row was made."""
-    from storage.identity import canonical_json
-
+def provenance(attempt: int) -> dict[str, Any]:
+    """Where and by what a row was made, as far as it is known whatever happens."""
     return {
         "attempt": attempt,
-        "execution": execution.json if execution else None,
-        "device": str(worker.accelerator.device),
         "host": socket.gethostname(),
-        "peak_memory_bytes": peak_memory(worker.accelerator.device),
         "versions": canonical_json(dict(library_versions())),
     }
 

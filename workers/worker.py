@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from storage.records import Cell, Dense, Execution, Shard, Task
     from storage.store import Store
     from workers.datasets import Data, Split
+
+LOOK_AGAIN_SECONDS = 5.0
+"""How old a worker's knowledge of what others have done may be when it starts a task."""
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Our names of a precision -> Accelerate's."""
@@ -43,8 +47,8 @@ class DenseModel:
 class Worker:
     """What one process holds between tasks: the prepared data sets and the dense models."""
 
-    def __init__(self, store: Store, data_root: str, precision: str = "fp32") -> None:
-        self.store, self.data_root, self.precision = store, data_root, precision
+    def __init__(self, store: Store, data_root: str, precision: str = "fp32", *, cpu: bool = False) -> None:
+        self.store, self.data_root, self.precision, self.cpu = store, data_root, precision, cpu
         self._cache: dict[tuple[Any, ...], Any] = {}
 
     @cached_property
@@ -52,7 +56,7 @@ class Worker:
         """Accelerate's view of this process: device and precision. A process has one precision."""
         from accelerate import Accelerator
 
-        return Accelerator(mixed_precision=PRECISIONS[self.precision])
+        return Accelerator(mixed_precision=PRECISIONS[self.precision], cpu=self.cpu)
 
     def run_shard(self, shard: Shard) -> Iterator[Row]:
         """Run what the store does not have yet of a shard; each row is durable when it is yielded.
@@ -62,9 +66,13 @@ class Worker:
         if shard.dense:
             self.train_dense(shard.dense)
             return
-        tries = self.store.shard_attempts(shard.filed_under)
+        looked = -LOOK_AGAIN_SECONDS
+        attempts: dict[str, list[str]] = {}
         for task in shard.tasks:
-            statuses = tries.get(task.task_id, [])
+            if time.monotonic() - looked >= LOOK_AGAIN_SECONDS:
+                # Another driver may be at the same shard.
+                attempts, looked = self.store.shard_attempts(shard.filed_under), time.monotonic()
+            statuses = attempts.get(task.task_id, [])
             if "done" not in statuses:
                 row = self.attempt(task, keep=shard.keep, attempt=len(statuses) + 1)
                 self.store.commit_rows(shard.filed_under, [row])
@@ -84,7 +92,7 @@ class Worker:
                 "started_at": started,
                 "finished_at": utc_now(),
             }
-            return row_for(task, "failed", provenance(self, None, attempt) | what)
+            return row_for(task, "failed", provenance(attempt) | what)
 
     def train_dense(self, dense: Dense) -> None:
         """Train a dense model and keep it, unless the store has it."""

@@ -1,0 +1,44 @@
+# Two commands for a fresh machine: `make demo` and `make test`.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON ?= python3
+
+.PHONY: install demo test test-all lint lock clean
+
+install: $(STAMP)
+
+# uv where it is on PATH, else uv installed into the venv. The lock carries versions and hashes.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("prunesweep needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@uv="$$(command -v uv || true)"; \
+	if [ -z "$$uv" ]; then $(BIN)/python -m pip install --quiet uv && uv="$(BIN)/uv"; fi; \
+	echo "installing the pinned dependencies (about 6 GB, torch with its GPU libraries)"; \
+	"$$uv" pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock && \
+	"$$uv" pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: install
+	@$(BIN)/prunesweep run digits
+	@$(BIN)/prunesweep plot digits -o results/digits.png
+
+lint: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright --level error
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+test: lint
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	@$(BIN)/python -m pytest
+
+# Renew the lock from pyproject.toml; no index address gets in.
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--quiet --group dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache

@@ -1,0 +1,56 @@
+"""Run by test_runners: Tune places shards of half a GPU on two GPUs that are only pretended.
+
+Prints the device each worker was given, sorted. Every worker waits until all four are there.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+import ray.cloudpickle
+
+from orchestrator import ray_runner
+from orchestrator.progress import Progress
+from orchestrator.queue import Queue
+from orchestrator.run import Options
+from storage.records import Cell, Dense, Recipe, Row, Shard, Task
+from storage.store import Store
+
+HERE = Path.cwd()
+
+
+class Placed:
+    """A worker that notes what it was given, and waits for the others."""
+
+    def __init__(self, *_: object) -> None:
+        self.precision = "fp32"
+
+    def run_shard(self, shard: Shard) -> Iterator[Row]:
+        (HERE / f"placed-{shard.shard_id}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        for _ in range(600):
+            if len(list(HERE.glob("placed-*"))) == 4:
+                return iter(())
+            time.sleep(0.1)
+        raise TimeoutError("the others never came")
+
+
+def main() -> None:
+    recipe = Recipe(1, 1, ((0, 0.1),))
+    cell = Cell(Dense("lenet5_mini", "synthetic", recipe), (("conv1", 0.2),), "oracle", recipe)
+    queue = Queue.of([Shard(f"s{i}", (Task(cell, i, 0),)) for i in range(4)], [], random.Random(0))
+    ray_runner.Worker = Placed  # pyright: ignore[reportAttributeAccessIssue]
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, logging_level="ERROR")
+    ray.cloudpickle.register_pickle_by_value(ray_runner)
+    ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
+    ray_runner.run_on_ray(queue, Store(str(HERE / "store")), Options(gpus=0.5), Progress(4))
+    print(*sorted(path.read_text() for path in HERE.glob("placed-*")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The README is executed: every command in its bash blocks, its Python block, and its tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import Prunesweep
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_commands(tmp_path: Path, prunesweep: Prunesweep) -> None:
+    """After a (shortened) demo, every command of the tour does what it says and exits 0."""
+    short = ["--set", "dense.epochs=1", "--set", "retrain.epochs=1", "--set", "candidates={mode: sample, count: 6}"]
+    assert prunesweep("run", "digits", "--inline", *short).returncode == 0
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    script = "set -euo pipefail\n" + "\n".join(blocks("bash"))
+    found = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PATH": path}
+    )
+    assert found.returncode == 0, found.stderr
+    assert "Traceback" not in found.stderr
+    assert (tmp_path / "scratch").exists() is False
+    assert (tmp_path / "scatter.pdf").read_bytes().startswith(b"%PDF")
+    assert "mine: all 40 tasks are done; nothing to run" in found.stderr
+    assert "mine: 60 tasks in 8 cells, 40 done, 20 to run" in found.stderr
+    (python,) = blocks("python")
+    shown = subprocess.run(
+        [sys.executable, "-c", python.replace("Store(", "print(Store(").replace(".df()", ".df().shape)")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0 and shown.stdout.startswith("("), shown.stderr
+    assert shown.stderr == ""
+
+
+def test_tree() -> None:
+    """The tree names every top-level package and file of code, and nothing that is not there."""
+    (tree,) = [block for block in re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if "tests/" in block]
+    named = [line.split()[0] for line in tree.splitlines()]
+    assert all((ROOT / name).exists() for name in named)
+    packages = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
+    assert packages <= set(named)
+
+
+def test_links_and_commands_exist() -> None:
+    """Every relative link leads somewhere, and every command of the tool is one it has."""
+    from orchestrator.cli import COMMANDS
+
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    mentioned = set(re.findall(r"^\s*prunesweep (\w+)", README, re.MULTILINE))
+    assert mentioned <= set(COMMANDS)
+    assert "make demo" in README and "make test" in README

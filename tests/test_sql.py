@@ -1,0 +1,379 @@
+"""The views count right, the statistics are scipy's, and a query can only read the store."""
+
+import datetime as dt
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from storage.errors import QueryError
+from storage.records import Task
+from storage.schema import SCHEMA
+from storage.sql import VIEWS, column_names, connection, run_query
+from storage.store import Store
+from tests.rows import L1, NOON, ORACLE, SHA_A, SHA_B, done, failed, plan, tasks, tree
+
+# of candidates 0, 1, 2 x seeds 0, 1, 2
+LOSSES = np.array([[0.5, 0.5, 0.5], [0.9, 0.9, 0.9], [0.7, 0.7, 0.7]])
+BEST = np.array([[0.81, 0.85, 0.83], [0.6, 0.61, 0.7], [0.7, 0.72, 0.71]])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two sweeps: `mini` (ORACLE 5 x 3, L1 1 x 3) and `also` (one task of mini's).
+
+    ORACLE: candidates 0-2 done, 3 has a failed seed, 4 a pending one. L1: failed, failed, pending.
+    """
+    found = Store(tmp_path_factory.mktemp("store"))
+    oracle, l1 = tasks(ORACLE, 5, 3), tasks(L1, 1, 3)
+    plan(found, "mini", [*oracle, *l1], "s0")
+    plan(found, "also", oracle[:1], "s9")
+    rows = []
+    for task in oracle[:9]:
+        at = (task.candidate, task.seed)
+        rows.append(
+            done(
+                task,
+                pruned_train_loss=float(LOSSES[at]),
+                best_test_accuracy=float(BEST[at]),
+                diverged=at == (2, 0),
+                equivalence_error=task.seed * 1e-12,
+                finished_at=NOON + dt.timedelta(minutes=task.seed),
+            )
+        )
+    rows += [done(oracle[9]), failed(oracle[10]), done(oracle[11]), done(oracle[12]), done(oracle[13])]
+    rows += [failed(l1[0], error="first"), failed(l1[1], error="second", error_class="OutOfMemory")]
+    rows += [failed(oracle[0], finished_at=NOON - dt.timedelta(days=1))]  # beaten by the done one
+    rows += [done(Task(ORACLE, 99, 0), finished_at=NOON + dt.timedelta(days=9))]  # in no plan
+    found.commit_rows("s0", rows)
+    return found
+
+
+# -- views --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_answers_on_an_empty_store(view: str, tmp_path: Path) -> None:
+    """A store that is not there yet is an empty one, and asking makes nothing."""
+    store = Store(tmp_path / "none")
+    assert store.sql(f"select * from {view}").fetchall() == []
+    assert tree(tmp_path) == {}
+
+
+def test_views_are_those_that_are_documented(store: Store) -> None:
+    """VIEWS names every view there is."""
+    names = {name for (name,) in store.sql("show tables").fetchall()}
+    assert names - {"row_files", "plan"} == set(VIEWS)
+
+
+def test_rows_and_attempts_have_the_columns_of_the_schema(store: Store) -> None:
+    """`rows` is one line per task, `attempts` one per row that was ever written."""
+    assert store.sql("select * from rows").columns == SCHEMA.names == column_names()
+    assert store.sql("select * from attempts").columns == [*SCHEMA.names, "file"]
+    counts = "select (select count(*) from rows), (select count(*) from attempts)"
+    assert store.sql(counts).fetchall() == [(17, 18)]
+
+
+def test_tasks_has_one_line_per_planned_task_and_its_status(store: Store) -> None:
+    """Done, failed or pending, in the order of the plan; a row nobody planned is in no sweep."""
+    found = store.sql("select status from tasks where sweep = 'mini' order by position").fetchall()
+    oracle = ["done"] * 10 + ["failed"] + ["done"] * 3 + ["pending"]
+    assert [status for (status,) in found] == [*oracle, "failed", "failed", "pending"]
+    assert store.sql("select shard, status, position from tasks where sweep = 'also'").fetchall() == [("s9", "done", 0)]
+    pending = store.sql("select layers, recipe, finished_at from tasks where status = 'pending' and model = 'resnet56'")
+    assert pending.fetchall() == [(["layer1.0.conv1"], L1.json, None)]
+
+
+def test_every_column_of_a_row_is_in_tasks(store: Store) -> None:
+    """Nothing a task measured is lost by looking through its sweep."""
+    assert set(SCHEMA.names) | {"sweep", "shard", "position"} == set(store.sql("select * from tasks").columns)
+
+
+def test_candidates_has_only_those_with_every_planned_seed_done(store: Store) -> None:
+    """An average over seeds never mixes two seeds of one candidate with three of another."""
+    query = "select candidate, n_seeds from candidates where sweep = 'mini' order by all"
+    assert store.sql(query).fetchall() == [(0, 3), (1, 3), (2, 3)]
+    assert store.sql("select candidate, n_seeds from candidates where sweep = 'also'").fetchall() == [(0, 1)]
+
+
+def test_candidates_are_means_and_sample_deviations_over_seeds(store: Store) -> None:
+    """An average keeps the name of what it averages, with the sample deviation beside it."""
+    columns = "pruned_train_loss, best_test_accuracy, best_test_accuracy_std, equivalence_error, n_diverged"
+    query = f"select {columns} from candidates where sweep = 'mini' order by candidate"
+    loss, best, std, error, diverged = np.array(store.sql(query).fetchall()).T
+    assert loss == pytest.approx(LOSSES.mean(1), rel=1e-14)
+    assert best == pytest.approx(BEST.mean(1), rel=1e-14)
+    assert std == pytest.approx(BEST.std(1, ddof=1), rel=1e-12)
+    assert error.tolist() == [2e-12] * 3
+    assert diverged.tolist() == [0, 0, 1]
+
+
+def test_candidates_say_when_they_mix_dense_networks(tmp_path: Path) -> None:
+    """A candidate whose seeds were pruned from different weights is told by n_dense."""
+    store, (a, b) = Store(tmp_path), tasks(ORACLE, 1, 2)
+    plan(store, "mini", [a, b])
+    store.commit_rows("s0", [done(a, dense_sha256=SHA_B), done(b, dense_sha256=SHA_A)])
+    assert store.sql("select n_dense, dense_sha256 from candidates").fetchall() == [(2, SHA_A)]
+
+
+def test_cells_count_what_was_planned_and_what_is_there(store: Store) -> None:
+    """One line per cell of a sweep, in the order of its grid."""
+    columns = "cell_id, layers, pruning_ratio, candidates, seeds, tasks, done, failed, pending"
+    found = store.sql(f"select {columns} from cells where sweep = 'mini' order by position").fetchall()
+    assert found == [
+        (ORACLE.cell_id, ["conv1"], 0.2, 5, 3, 15, 13, 1, 1),
+        (L1.cell_id, ["layer1.0.conv1"], 0.5, 1, 3, 3, 0, 2, 1),
+    ]
+
+
+def test_sweeps_count_their_own_tasks(store: Store) -> None:
+    """Rows are shared: what one sweep finished counts in the other, and rows out of both in neither."""
+    columns = "sweep, cells, tasks, done, failed, pending, last_row_at"
+    assert store.sql(f"select {columns} from sweeps order by sweep").fetchall() == [
+        ("also", 1, 1, 1, 0, 0, NOON),
+        ("mini", 2, 18, 13, 3, 2, NOON + dt.timedelta(minutes=2)),
+    ]
+
+
+def test_a_task_of_an_older_expansion_leaves_the_counts_and_keeps_its_row(tmp_path: Path) -> None:
+    """The newest expansion is the sweep."""
+    store, (a, b) = Store(tmp_path), tasks(ORACLE, 2)
+    plan(store, "mini", [a, b])
+    store.commit_rows("s0", [done(a), done(b)])
+    plan(store, "mini", [b])
+    assert store.sql("select tasks, done, pending from sweeps").fetchall() == [(1, 1, 0)]
+    assert store.sql("select count(*) from rows").fetchall() == [(2,)]
+
+
+def test_failures_are_counted_by_class_and_shard(store: Store) -> None:
+    """One line per kind of failure with an example; a failure that was made good is none."""
+    query = "select error_class, shard, tasks, example_task, example_error from failures order by error_class"
+    boom = {Task(ORACLE, 3, 1).task_id: "Traceback: boom", Task(L1, 0, 0).task_id: "first"}
+    assert store.sql(query).fetchall() == [
+        ("OutOfMemory", "s0", 1, Task(L1, 0, 1).task_id, "second"),
+        ("RuntimeError", "s0", 2, min(boom), boom[min(boom)]),
+    ]
+
+
+# -- statistics ---------------------------------------------------------------------------------------
+
+
+def _one(store: Store, expression: str) -> Any:
+    return store.sql(f"select {expression}").fetchall()[0][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "test"), [("kendall", stats.kendalltau), ("spearman", stats.spearmanr), ("pearson", stats.pearsonr)]
+)
+def test_correlations_in_sql_are_scipys(name: str, test: Any, store: Store) -> None:
+    """The number in a query is the number scipy gives, pairs with a NULL left out."""
+    generator = np.random.Generator(np.random.Philox(1))
+    x = generator.integers(0, 9, 30).tolist()
+    y = [a + b for a, b in zip(x, generator.normal(size=30).tolist(), strict=True)]
+    expected = test(x, y)
+    assert _one(store, f"{name}({x}, {y})") == pytest.approx(expected.statistic, rel=1e-12)
+    assert _one(store, f"{name}_p({x}, {y})") == pytest.approx(expected.pvalue, rel=1e-12)
+    holes = f"[NULL, 1, 99, {x[0]}, *], [5, NULL, 'nan'::double, {y[0]}, *]".replace(", *", "")
+    padded = f"list_concat({holes.split('], ')[0]}], {x[1:]}), list_concat({holes.split('], ')[1]}, {y[1:]})"
+    assert _one(store, f"{name}({padded})") == pytest.approx(expected.statistic, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["kendall", "spearman", "pearson"])
+@pytest.mark.parametrize(
+    "lists", ["[1, 1, 1], [1, 2, 3]", "[1, 2, 3], [4, 4, 4]", "[1], [2]", "[], []", "NULL, [1, 2]", "[1, NULL], [NULL, 2]"]
+)
+def test_a_correlation_that_is_not_defined_is_null(name: str, lists: str, store: Store) -> None:
+    """A constant side, fewer than two pairs or no list give NULL, in the statistic and its p."""
+    assert store.sql(f"select {name}({lists}), {name}_p({lists})").fetchall() == [(None, None)]
+
+
+def test_lists_of_different_length_are_refused(store: Store) -> None:
+    """Two lists that cannot be pairs are a mistake, and told as one."""
+    with pytest.raises(QueryError, match="lists of different length: 2 and 3"):
+        store.sql("select kendall([1, 2], [1, 2, 3])")
+
+
+def test_the_paper_in_one_query(store: Store) -> None:
+    """The question the tool was built for is one line of SQL."""
+    query = "select kendall(list(pruned_train_loss), list(best_test_accuracy)) from candidates where sweep = 'mini'"
+    expected = stats.kendalltau(LOSSES.mean(1), BEST.mean(1)).statistic
+    assert store.sql(query).fetchall() == [(pytest.approx(expected),)]
+    assert expected == pytest.approx(-1)
+
+
+# -- what a query may be ------------------------------------------------------------------------------
+
+READS = [
+    "select 1",
+    "select 1;",
+    "/* why */ select 1 -- because",
+    "with a as (select 1) from a",
+    "from rows",
+    "from rows select task_id limit 1",
+    "table rows",
+    "values (1)",
+    "(select 1) union all (select 2)",
+    "describe rows",
+    "summarize sweeps",
+    "show tables",
+    "explain select * from rows",
+    "EXPLAIN ANALYZE select * from rows",
+    "explain (analyze) from rows",
+    "explain (format json) select 1",
+    "explain (analyze, format json) select 1",
+    "-- a comment\nexplain select 1",
+    "/* another */ explain\nselect 1",
+    "select 'drop table rows; copy' as harmless",
+]
+REFUSED = [
+    "copy (select 1) to '{out}'",
+    "copy rows to '{out}' (format parquet)",
+    "attach '{out}' as other",
+    "detach memory",
+    "drop view rows",
+    "drop table if exists rows",
+    "insert into row_files values (1)",
+    "update row_files set seed = 0",
+    "delete from row_files",
+    "alter view rows rename to x",
+    "create table t as select 1",
+    "create view v as select 1",
+    "create or replace view rows as select 1",
+    "create macro f() as 1",
+    "set threads = 1",
+    "set enable_external_access = true",
+    "reset threads",
+    "use memory",
+    "pragma show_tables",
+    "pragma database_list",
+    "install httpfs",
+    "load httpfs",
+    "call pragma_version()",
+    "prepare p as select 1",
+    "execute p",
+    "export database '{out}'",
+    "import database '{out}'",
+    "begin",
+    "checkpoint",
+    "vacuum",
+    "analyze",
+    "select 1; select 2",
+    "select 1; drop view rows",
+    "",
+    "  ;  ",
+    "-- nothing",
+    "selekt 1",
+    "explain",
+    "explain copy (select 1) to '{out}'",
+    "explain analyze copy (select 1) to '{out}'",
+    "explain (analyze) copy (select 1) to '{out}'",
+    "explain analyze create table t as select 1",
+    "explain analyze drop view rows",
+    "explain select 1; drop view rows",
+    # quotes and comments among the options must not hide what is explained
+    "explain (analyze 'x) select 1 /*') create table t as select 1 --*/",
+    "explain (analyze 'x) select 1 --')\ncreate table t as select 1",
+    "explain (analyze /*) select 1 /*/) drop view rows --*/",
+    "explain /* analyze select 1 */ analyze drop view rows",
+    "-- explain select 1\nexplain analyze drop view rows",
+]
+FILES = [
+    "select * from read_csv('{file}')",
+    "select * from read_text('{file}')",
+    "select * from read_blob('{file}')",
+    "select * from read_parquet('{file}')",
+    "select * from read_json('{file}')",
+    "select * from glob('{file}')",
+    "select * from '{file}'",
+    "select * from 'http://localhost/x.parquet'",
+    "explain analyze select * from read_text('{file}')",
+    "select * from query('select * from read_text(''{file}'')')",
+]
+
+
+@pytest.mark.parametrize("query", READS)
+def test_one_select_in_any_form_is_answered(query: str, store: Store) -> None:
+    """Whatever DuckDB's parser calls one SELECT, or an EXPLAIN of one, is a query."""
+    assert len(store.sql(query).fetchall()) >= 1
+
+
+@pytest.mark.parametrize("query", REFUSED)
+def test_everything_that_is_not_one_select_is_refused(query: str, store: Store, tmp_path: Path) -> None:
+    """A query cannot write, change, attach, load or set anything."""
+    with pytest.raises(QueryError):
+        store.sql(query.replace("{out}", str(tmp_path / "out")))
+    assert tree(tmp_path) == {}
+
+
+def test_what_is_refused_is_named() -> None:
+    """The message says what a query is, and what this is."""
+    with pytest.raises(QueryError, match=r"exactly one SELECT .* this is COPY$"):
+        Store("/nowhere").sql("copy (select 1) to 'x'")
+    with pytest.raises(QueryError, match="this is nothing$"):
+        Store("/nowhere").sql("")
+
+
+@pytest.mark.parametrize("query", FILES)
+def test_no_file_can_be_read(query: str, store: Store, tmp_path: Path) -> None:
+    """A query reads the store's rows and nothing else of the machine or the network."""
+    file = tmp_path / "secret.csv"
+    file.write_text("a\n1\n")
+    with pytest.raises(QueryError):
+        store.sql(query.replace("{file}", str(file)))
+
+
+def test_no_python_variable_can_be_read(store: Store) -> None:
+    """A query sees no data frame of the program that asks."""
+    secret = store.sql("select 1 as a").to_arrow_table()
+    with pytest.raises(QueryError, match="secret"):
+        store.sql("select * from secret")
+    assert len(secret) == 1
+
+
+def test_the_connection_itself_is_locked(store: Store, tmp_path: Path) -> None:
+    """Where the parser's word is not asked, the settings still keep files and settings shut."""
+    import duckdb
+
+    with connection(store) as con:
+        for query in (f"copy (select 1) to '{tmp_path / 'out'}'", "set enable_external_access = true", "load httpfs"):
+            with pytest.raises(duckdb.Error):
+                con.execute(query)
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("query", ["select nosuch from rows", "from nosuch", "select 1/", "select 'a'::int"])
+def test_an_error_in_a_query_is_a_query_error(query: str, store: Store) -> None:
+    """A person's mistake is told in one message, not as DuckDB's exception."""
+    with pytest.raises(QueryError):
+        run_query(store, query)
+
+
+# -- in a notebook ------------------------------------------------------------------------------------
+
+NOTEBOOK = """
+import sys
+from storage import Store
+store = Store(sys.argv[1])
+query = "select kendall(list(pruned_train_loss), list(best_test_accuracy)) as tau, count(*) as n from candidates"
+relation = store.sql(query + " where sweep = 'mini'")
+frame = relation.df()
+assert (round(frame["tau"][0], 12), frame["n"][0]) == (-1, 3), frame
+print(len(store.sql("from rows").df()), "torch" in sys.modules, "ray" in sys.modules)
+"""
+
+
+def test_a_notebook_gets_data_frames_and_no_connection_is_left_open(store: Store) -> None:
+    """`Store(...).sql(...).df()` works in a fresh process that ends in silence, without torch or ray."""
+    command = [sys.executable, "-W", "always::ResourceWarning", "-c", NOTEBOOK, store.root]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
+    assert (found.returncode, found.stdout, found.stderr) == (0, "17 False False\n", "")
+
+
+def test_relations_outlive_later_queries(store: Store) -> None:
+    """Each answer stands on its own."""
+    first, second = store.sql("select 1 as a"), store.sql("select 2 as a")
+    assert (first.fetchall(), second.fetchall()) == ([(1,)], [(2,)])
