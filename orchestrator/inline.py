@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 def run_inline(queue: Queue, store: Store, options: Options, progress: Progress) -> None:
     """Run a queue to its end. Interrupts pass through; a dense model's error ends with it."""
     worker = Worker(store, options.data_root, cpu=options.gpus == 0)
-    while (shard := queue.next()) is not None:
+    for precision in queue.precisions:
+        _run(queue, precision, worker, options, progress)
+
+
+def _run(queue: Queue, precision: str, worker: Worker, options: Options, progress: Progress) -> None:
+    while (shard := queue.next(precision)) is not None:
         try:
             for row in _rows(shard, worker):
                 progress.advance(row.status == "done", row.status != "done")
         except Exception as error:
             if options.debug:
                 raise
-            queue.died(shard.shard_id, f"{type(error).__name__}: {error}")
+            queue.failed(shard.shard_id, f"{type(error).__name__}: {error}")
         else:
             queue.succeeded(shard.shard_id)
 

@@ -27,15 +27,20 @@ class Queue:
         order.shuffle(rest)
         return Queue([*training, *rest], pending_dense={s.needs.dense_id for s in training})
 
-    @property
-    def exhausted(self) -> bool:
-        """Nothing waits and nothing runs."""
-        return not self.waiting and not self.running
+    def exhausted(self, precision: str) -> bool:
+        """Nothing of a precision waits and nothing runs."""
+        return not self.running and all(shard.precision != precision for shard in self.waiting)
 
-    def next(self) -> Shard | None:
-        """The next shard that can start, now running; None while all must wait."""
+    @property
+    def precisions(self) -> list[str]:
+        """The precisions that wait, fp32 first: dense models are trained in it."""
+        return sorted({shard.precision for shard in self.waiting}, key=lambda p: (p != "fp32", p))
+
+    def next(self, precision: str) -> Shard | None:
+        """The next shard of a precision that can start, now running; None while all must wait."""
         for i, shard in enumerate(self.waiting):
-            if shard.dense or shard.needs.dense_id not in self.pending_dense:
+            ready = shard.dense or shard.needs.dense_id not in self.pending_dense
+            if ready and shard.precision == precision:
                 del self.waiting[i]
                 self.running[shard.shard_id] = shard
                 return shard
@@ -47,23 +52,34 @@ class Queue:
         if shard.dense:
             self.pending_dense.discard(shard.dense.dense_id)
 
-    def died(self, shard_id: str, reason: str) -> None:
-        """The shard's process died, or its dense model could not be trained.
+    def failed(self, shard_id: str, reason: str) -> None:
+        """The shard ended by an error that is no task's own: its dense model, or the store.
 
-        A dense model takes what needs it along. The tasks of a shard run again one by one; one that
-        takes its process down when it is alone becomes a suspect, for the driver to write a row.
+        What it did not do stays pending; a dense model takes what needs it along.
         """
         shard = self.running.pop(shard_id)
+        if shard.dense is None:
+            self.problems.append(f"shard {shard.filed_under} stopped, and its tasks stay pending: {reason}")
+            return
+        needing = [s for s in self.waiting if s.needs.dense_id == shard.dense.dense_id]
+        self.waiting = [s for s in self.waiting if s not in needing]
+        left = sum(len(s.tasks) for s in needing)
+        self.problems.append(
+            f"the dense model {shard.dense.model} on {shard.dense.dataset} could not be trained, "
+            f"so {left} tasks stay pending: {reason}"
+        )
+
+    def died(self, shard_id: str) -> None:
+        """The shard's process died. Its tasks run again one by one, so that one poisoned task cannot
+        take its neighbours down; one that dies alone becomes a suspect, for the driver to write a row.
+        """
+        shard = self.running[shard_id]
         if shard.dense:
-            lost = shard.dense.dense_id
-            left = sum(len(s.tasks) for s in self.waiting if s.needs.dense_id == lost)
-            self.waiting = [s for s in self.waiting if s.needs.dense_id != lost]
-            self.problems.append(
-                f"the dense model {shard.dense.model} on {shard.dense.dataset} could not be trained, "
-                f"so {left} tasks stay pending: {reason}"
-            )
-        elif len(shard.tasks) == 1:
+            self.failed(shard_id, "the process that trained it died")
+            return
+        del self.running[shard_id]
+        if len(shard.tasks) == 1:
             self.suspects.append(shard)
-        else:
-            alone = [replace(shard, shard_id=f"{shard.shard_id}.{t.task_id}", tasks=(t,)) for t in shard.tasks]
-            self.waiting = alone + self.waiting
+            return
+        alone = [replace(shard, shard_id=f"{shard.shard_id}.{t.task_id}", tasks=(t,)) for t in shard.tasks]
+        self.waiting = alone + self.waiting

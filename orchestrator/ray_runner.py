@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -43,33 +42,31 @@ _TUNE = {
 
 
 class ShardTrainable(tune.Trainable):
-    """Tune's side of a worker. It runs shards of one precision; another needs a fresh process."""
+    """Tune's side of a worker: it runs one shard after the other."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.worker: Worker | None = None
-        self.take(config)
-
-    def take(self, config: dict[str, Any]) -> None:
-        shard = Shard.from_dict(config["shard"])
-        if self.worker is None:
-            self.worker = Worker(Store(config["store"]), config["data_root"], shard.precision, cpu=config["cpu"])
-        self.rows = self.worker.run_shard(shard)
+        precision = Shard.from_dict(config["shard"]).precision
+        self.worker = Worker(Store(config["store"]), config["data_root"], precision, cpu=config["cpu"])
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        shard = Shard.from_dict(new_config["shard"])
-        if self.worker is None or shard.precision != self.worker.precision:
-            return False
-        self.take(new_config)
+        self.rows = self.worker.run_shard(Shard.from_dict(new_config["shard"]))
         return True
 
     def step(self) -> dict[str, Any]:
-        """Run tasks for a while; `done` once the shard is at its end."""
+        """Run tasks for a while; `done` once the shard is at its end, or at an error that is no task's own."""
         started, counts = time.monotonic(), {"done": 0, "failed": 0}
-        for row in self.rows:
-            counts[row.status] += 1
-            if time.monotonic() - started > STEP_SECONDS:
-                return {"tasks_done": counts["done"], "tasks_failed": counts["failed"], "done": False}
-        return {"tasks_done": counts["done"], "tasks_failed": counts["failed"], "done": True}
+        problem: str | None = None
+        finished = True
+        try:
+            for row in self.rows:
+                counts[row.status] += 1
+                if time.monotonic() - started > STEP_SECONDS:
+                    finished = False
+                    break
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        return {"tasks_done": counts["done"], "tasks_failed": counts["failed"], "problem": problem, "done": finished}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: what is done is in the store."""
@@ -78,24 +75,30 @@ class ShardTrainable(tune.Trainable):
 class ShardSearcher(Searcher):
     """Hands Tune the queue's shards, and tells the queue how they ended."""
 
-    def __init__(self, queue: Queue, common: dict[str, Any]) -> None:
+    def __init__(self, queue: Queue, precision: str, common: dict[str, Any]) -> None:
         super().__init__()
-        self.queue, self.common = queue, common
+        self.queue, self.precision, self.common = queue, precision, common
         self.shard_of: dict[str, str] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        shard = self.queue.next()
+        shard = self.queue.next(self.precision)
         if shard is None:
-            return Searcher.FINISHED if self.queue.exhausted else None
+            return Searcher.FINISHED if self.queue.exhausted(self.precision) else None
         self.shard_of[trial_id] = shard.shard_id
         return {"shard": shard.to_dict(), **self.common}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """An error here is a death: what our own code raises comes as a result."""
         shard_id = self.shard_of.pop(trial_id)
-        if not error:
+        problem = (result or {}).get("problem")
+        if error:
+            self.queue.died(shard_id)
+        elif problem:
+            self.queue.failed(shard_id, problem)
+        else:
             self.queue.succeeded(shard_id)
 
     def save(self, checkpoint_path: str) -> None:
@@ -106,10 +109,10 @@ class ShardSearcher(Searcher):
 
 
 class Reporter(tune.Callback):
-    """Carries results to the progress bar, and a trial's death to the queue with its reason."""
+    """Carries what workers report to the progress bar."""
 
-    def __init__(self, queue: Queue, progress: Progress) -> None:
-        self.queue, self.progress = queue, progress
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.progress.beat()
@@ -119,51 +122,44 @@ class Reporter(tune.Callback):
     ) -> None:
         self.progress.advance(result["tasks_done"], result["tasks_failed"])
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        shard_id = trial.config["shard"]["shard_id"]
-        if shard_id in self.queue.running:
-            self.queue.died(shard_id, _reason(trial))
-
-
-def _reason(trial: Any) -> str:
-    """The last line of what ended a trial."""
-    error = trial.get_pickled_error() or trial.get_error() or "its process died"
-    cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__
-
 
 def run_on_ray(queue: Queue, store: Store, options: Options, progress: Progress) -> None:
-    """Run a queue to its end on the cluster this process is connected to."""
-    workers = None if options.workers == "auto" else int(options.workers)
+    """Run a queue to its end on the cluster this process is connected to.
+
+    A process holds one precision, so each precision has its own Tune run, with actors of its own.
+    """
     gpus = _gpus(options)
-    common = {"store": store.absolute, "data_root": options.data_root, "cpu": gpus == 0}
     _check_fits(options.cpus, gpus)
-    storage = tempfile.mkdtemp(prefix="prunesweep-tune-")
-    try:
-        with _environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(workers or _slots(options.cpus, gpus))}):
-            tuner = tune.Tuner(
-                tune.with_resources(ShardTrainable, tune.PlacementGroupFactory([_bundle(options.cpus, gpus)])),
-                tune_config=tune.TuneConfig(
-                    search_alg=ShardSearcher(queue, common),
-                    num_samples=-1,
-                    reuse_actors=True,
-                    max_concurrent_trials=workers,
-                    trial_dirname_creator=lambda trial: trial.trial_id,
-                ),
-                run_config=tune.RunConfig(
-                    name="sweep",
-                    storage_path=storage,
-                    verbose=0,
-                    callbacks=[Reporter(queue, progress)],
-                    failure_config=tune.FailureConfig(max_failures=0),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                ),
-            )
-            with contextlib.redirect_stdout(sys.stderr):
-                tuner.fit()
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
+    workers = None if options.workers == "auto" else int(options.workers)
+    pending = workers or _slots(options.cpus, gpus)
+    common = {"store": store.absolute, "data_root": options.data_root, "cpu": gpus == 0}
+    with _environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(pending)}), contextlib.redirect_stdout(sys.stderr):
+        for precision in queue.precisions:
+            searcher = ShardSearcher(queue, precision, common)
+            _fit(searcher, _bundle(options.cpus, gpus), workers, Reporter(progress))
+
+
+def _fit(searcher: ShardSearcher, bundle: dict[str, float], workers: int | None, reporter: Reporter) -> None:
+    """One Tune run. Its own files go to a folder that goes with it; it never raises on failed trials."""
+    with tempfile.TemporaryDirectory(prefix="prunesweep-tune-", ignore_cleanup_errors=True) as storage:
+        tune.Tuner(
+            tune.with_resources(ShardTrainable, tune.PlacementGroupFactory([bundle])),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,
+                reuse_actors=True,
+                max_concurrent_trials=workers,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="sweep",
+                storage_path=storage,
+                verbose=0,
+                callbacks=[reporter],
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            ),
+        ).fit()
 
 
 def _bundle(cpus: float, gpus: float) -> dict[str, float]:
@@ -202,7 +198,7 @@ def connected(options: Options) -> Iterator[None]:
     arguments: dict[str, Any] = {
         "address": options.address or "local",
         "log_to_driver": options.debug,
-        "logging_level": logging.INFO if options.debug else logging.ERROR,
+        "logging_level": logging.INFO if options.debug else logging.CRITICAL,
         "runtime_env": {"worker_process_setup_hook": SETUP_HOOK},
     }
     if not options.address:

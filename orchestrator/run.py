@@ -95,9 +95,7 @@ def say_what_is_not_kept(store: Store, plan: Plan, sweep: str) -> None:
         f" and not diverged and list_contains({keeping}, recipe_id)"
     ).fetchall()[0][0]
     if lost:
-        say(
-            f"{sweep}: {lost} tasks were done before `retrain.keep` was set and have no kept network; a new store has all"
-        )
+        say(f"{sweep}: {lost} tasks were done before `retrain.keep` was set: their networks are not kept")
 
 
 def outcome(store: Store, manifest: Manifest, problems: list[str]) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,7 @@ select any_value(c.cell_id) as cell_id, any_value(c.model) as model, any_value(c
        any_value(c.pruning_ratio) as pruning_ratio, any_value(c.pruner) as pruner,
        any_value(c.granularity) as granularity, any_value(c.propagation) as propagation,
        any_value(c.precision) as precision, any_value(c.candidates) as planned,
-       any_value(c.seeds) as seeds, max(k.n_dense) as n_dense,
-       list(distinct k.dense_sha256) filter (where k.dense_sha256 is not null) as dense,
+       any_value(c.seeds) as seeds,
        list(k order by k.candidate) filter (where k.candidate is not null) as found
 from cells c left join chosen k on k.cell_id = c.cell_id
 where c.sweep = $sweep
@@ -103,14 +103,20 @@ def _check_columns(con: duckdb.DuckDBPyConnection, columns: tuple[str, ...]) -> 
 
 
 def _refuse_mixed(line: dict[str, Any]) -> None:
-    dense = line["dense"] or []
-    if len(dense) > 1 or (line["n_dense"] or 1) > 1:
-        hashes = ", ".join(one[:8] for one in dense)
-        raise QueryError(
-            f"cell {line['cell_id']} mixes rows pruned from different dense networks ({hashes}): they "
-            "are not comparable. Look at one with --where \"dense_sha256 = '...'\" "
-            "(`prunesweep query` lists them), or run the sweep again in a new store"
+    found = line["found"] or []
+    whole = Counter(one["dense_sha256"][:8] for one in found if one["n_dense"] == 1)
+    if len(whole) < 2 and all(one["n_dense"] < 2 for one in found):
+        return
+    advice = "Run the sweep again in a new store"
+    if whole:
+        (most, _), *_ = whole.most_common(1)
+        counts = ", ".join(f"{n} from {sha}" for sha, n in whole.most_common())
+        advice += (
+            f", or look at one network's candidates ({counts}) with "
+            f"--where \"n_dense = 1 and dense_sha256 like '{most}%'\""
         )
+    message = f"cell {line['cell_id']} mixes rows pruned from different dense networks: they are not comparable"
+    raise QueryError(f"{message}. {advice}")
 
 
 def _cell(line: dict[str, Any], columns: tuple[str, ...]) -> CellData:

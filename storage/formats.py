@@ -8,6 +8,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -22,20 +23,38 @@ def render(table: pa.Table, form: str) -> bytes:
 
     json is a list of objects; null and NaN are both null there, empty in csv, `-` for people.
     """
+    table = _intervals_as_text(table)
     if form == "parquet":
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         return buffer.getvalue()
-    return (_text(table, form).rstrip("\n") + "\n").encode()
+    text = _text(table, form).rstrip("\n")
+    return f"{text}\n".encode() if text else b""
+
+
+def _intervals_as_text(table: pa.Table) -> pa.Table:
+    """Parquet and JSON have no intervals, and `finished_at - started_at` is one."""
+
+    def text(value: pa.MonthDayNano | None) -> str | None:
+        if value is None:
+            return None
+        rest = dt.timedelta(days=value.days, microseconds=value.nanoseconds // 1000)
+        return f"{value.months} months, {rest}" if value.months else str(rest)
+
+    for at, field in enumerate(table.schema):
+        if pa.types.is_interval(field.type):
+            texts = [text(value) for value in table.column(at).to_pylist()]
+            table = table.set_column(at, field.name, pa.array(texts, pa.string()))
+    return table
 
 
 def _text(table: pa.Table, form: str) -> str:
     names = table.column_names
-    lines = [[column[i].as_py() for column in table.columns] for i in range(len(table))]
+    lines = [[column[i].as_py(maps_as_pydicts="lossy") for column in table.columns] for i in range(len(table))]
     if form in _TABULATE:
         from tabulate import tabulate
 
-        shown = [[_shown(v) for v in line] for line in lines]
+        shown = [[_in_one_cell(_shown(v), form) for v in line] for line in lines]
         align = ["right" if _is_number(f.type) else "left" for f in table.schema]
         return tabulate(
             shown, names, tablefmt=_TABULATE[form], disable_numparse=True, colalign=align if lines else None
@@ -52,24 +71,34 @@ def _text(table: pa.Table, form: str) -> str:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
 
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def _in_one_cell(text: str, form: str) -> str:
+    """`text` without what would end a cell of the format; tabulate escapes LaTeX itself."""
+    if form == "markdown":
+        return text.replace("|", "\\|").replace("\n", "<br>")
+    return text.replace("\n", " ") if form == "latex" else text
+
+
 def _shown(value: Any) -> str:
     """A value for people: four significant digits, lists joined by +."""
     if _missing(value):
         return "-"
+    if isinstance(value, Decimal):
+        value = _json(value)
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dt.datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
     if isinstance(value, list) and all(isinstance(v, str | int | float) for v in value):
         return "+".join(map(_shown, value))
-    return str(value) if isinstance(value, str | int | bool) else json.dumps(_json(value))
+    plain = _json(value)
+    return str(plain) if isinstance(plain, str | int | bool) else json.dumps(plain)
 
 
 def _flat(value: Any) -> Any:
@@ -81,10 +110,12 @@ def _flat(value: Any) -> Any:
 
 
 def _json(value: Any) -> Any:
-    """A value as JSON has it: timestamps in ISO 8601, no NaN and no infinity."""
+    """A value as JSON has it: timestamps in ISO 8601, no NaN and no infinity. DuckDB's sums are decimals."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, dt.datetime | dt.date):
+    if isinstance(value, Decimal):
+        return int(value) if value % 1 == 0 else float(value)
+    if isinstance(value, dt.datetime | dt.date | dt.time):
         return value.isoformat()
     if isinstance(value, Mapping):
         return {str(k): _json(v) for k, v in value.items()}

@@ -34,7 +34,7 @@ grid:
 candidates: {mode: sample, count: 4, seed: 0}
 dense:   {epochs: 2, batch_size: 128, lr: 0.05, momentum: 0.9}
 retrain: {epochs: 2, batch_size: 128, lr: {0: 0.01, 1: 0.001}, momentum: 0.9}
-resources: {candidates_per_shard: 2}
+resources: {candidates_per_shard: 2, workers: 1}
 """
 
 
@@ -104,7 +104,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
 

@@ -28,12 +28,12 @@ HERE = Path.cwd()
 class Placed:
     """A worker that notes what it was given, and waits for the others."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self.precision = "fp32"
 
     def run_shard(self, shard: Shard) -> Iterator[Row]:
         (HERE / f"placed-{shard.shard_id}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
-        for _ in range(600):
+        for _ in range(1500):
             if len(list(HERE.glob("placed-*"))) == 4:
                 return iter(())
             time.sleep(0.1)

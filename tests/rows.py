@@ -20,7 +20,13 @@ RETRAIN = Recipe(30, 256, ((0, 0.001), (20, 0.0001)), momentum=0.9, weight_decay
 
 ORACLE = Cell(DENSE, (("conv1", 0.2),), "oracle", RETRAIN)
 SAMPLED = Cell(
-    DENSE, (("conv1", 0.2), ("conv3", 0.4)), "oracle", RETRAIN, candidate_mode="sample", sampling_seed=0, loss_subset=512
+    DENSE,
+    (("conv1", 0.2), ("conv3", 0.4)),
+    "oracle",
+    RETRAIN,
+    candidate_mode="sample",
+    sampling_seed=0,
+    loss_subset=512,
 )
 L1 = Cell(
     Dense("resnet56", "cifar10", Recipe(160, 128, ((0, 0.1),), seed=1), validation=0.1),

@@ -165,7 +165,7 @@ def test_l1_and_l2_are_the_norms_they_are_called() -> None:
 
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=64), st.floats(0.01, 0.99), st.sampled_from(["l1", "l2"]))
 def test_criteria_remove_the_lowest_and_break_ties_by_index(values: list[int], ratio: float, pruner: str) -> None:
-    """Among filters of equal norm the lowest index goes first, as torch's unstable sort would not do."""
+    """The filters of the lowest norm go, and among equals those of the lowest index."""
     k = n_removed(len(values), ratio)
     expected = sorted(range(len(values)), key=lambda unit: (abs(values[unit]), unit))[:k]
     weights = {"conv1": filters([[float(value), 0.0] for value in values])}

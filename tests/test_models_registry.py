@@ -16,7 +16,8 @@ def weight_layers(model: nn.Module, x: torch.Tensor) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(lambda m, *_, name=name: found.append((name, len(m.weight))))
+            layer = (name, module.weight.shape[0])
+            module.register_forward_hook(lambda *_, layer=layer: found.append(layer))
     model(x)
     return found
 

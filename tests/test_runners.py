@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.documents import Document
 from orchestrator.run import Options, Outcome, run_spec, run_sweep
-from storage.records import Row
+from storage.records import Row, Task
 from storage.schema import PROVENANCE, SCHEMA, table_to_rows
 from storage.store import Store
 from tests.conftest import TINY, Cluster
@@ -65,7 +65,7 @@ def test_every_task_leaves_one_row_and_the_rows_are_the_same(
 ) -> None:
     """The contract: 8 tasks, 8 rows, bit for bit those of the other runner; a second run runs nothing."""
     store = Store(str(tmp_path / "store"))
-    outcome = runner.spec(store)
+    outcome = runner.spec(store, "resources.workers=2")
     assert outcome == Outcome("tiny", done=8, failed=0, pending=0)
     table, problems = store.row_files()
     assert (len(table), problems) == (8, [])
@@ -73,7 +73,7 @@ def test_every_task_leaves_one_row_and_the_rows_are_the_same(
     assert found.keys() == reference.keys()
     assert all(same(found[task_id], reference[task_id]) for task_id in found)
     files = sorted(Path(store.root, "rows").iterdir())
-    assert runner.spec(store).complete
+    assert runner.spec(store).complete  # other resources are the same sweep
     assert sorted(Path(store.root, "rows").iterdir()) == files
     assert not [p for p in Path(store.root).rglob("*") if ".tmp" in p.name]
     assert not list(Path(store.root, "scratch", "drivers").glob("*"))
@@ -130,33 +130,26 @@ def test_two_precisions_in_one_sweep(runner: Runner, tmp_path: Path) -> None:
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
-# A network's own code that ends the process: what a segmentation fault in a kernel looks like.
-KILLER = """
-import os
-import prunesweep
-
-def import_killer():
-    prunesweep.claim_rooms()
-    import workers.task
-
-    measure = workers.task.prune_and_measure
-
-    def deadly(task, dense, worker):
-        if task.candidate == 2:
-            os._exit(139)
-        return measure(task, dense, worker)
-
-    workers.task.prune_and_measure = deadly
-"""
-
-
 def test_a_task_that_kills_its_process_is_buried_alone(
     cluster: Cluster, reference: dict[str, Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both tasks of the deadly candidate get a failed row by the driver; all others are done, as ever."""
-    (tmp_path / "killer.py").write_text(KILLER)
-    monkeypatch.setattr("orchestrator.ray_runner.SETUP_HOOK", "killer.import_killer")
-    monkeypatch.chdir(tmp_path)  # the driver's working directory is on the workers' path
+
+    def plant_killer() -> None:
+        """What a segmentation fault in a kernel looks like, for candidate 2."""
+        import prunesweep
+
+        prunesweep.claim_rooms()
+        import workers.task
+
+        measure = workers.task.prune_and_measure
+
+        def deadly(task: Task, dense: object, worker: object) -> object:
+            return os._exit(139) if task.candidate == 2 else measure(task, dense, worker)  # pyright: ignore[reportArgumentType]
+
+        workers.task.prune_and_measure = deadly  # pyright: ignore[reportAttributeAccessIssue]
+
+    monkeypatch.setattr("orchestrator.ray_runner.SETUP_HOOK", plant_killer)
     store = Store(str(tmp_path / "store"))
     outcome = Runner(Options(address=cluster.address)).spec(store)
     assert (outcome.done, outcome.failed, outcome.pending) == (6, 2, 0)

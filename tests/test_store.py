@@ -132,8 +132,8 @@ def test_rows_come_back_with_their_file(tmp_path: Path) -> None:
 def test_statuses_and_attempts(tmp_path: Path) -> None:
     """A task with any done row is done, and a shard's own files tell every attempt at its tasks."""
     store, (a, b, c) = Store(tmp_path), tasks(ORACLE, 3)
-    for shard, row in (("s0", failed(a)), ("s0", done(a)), ("s0", failed(a)), ("s0", failed(b)), ("s01", done(c))):
-        store.commit_rows(shard, [row])
+    for shard, rows in (("s0", [failed(a), done(a), failed(a)]), ("s0", [failed(b)]), ("s01", [done(c)])):
+        store.commit_rows(shard, rows)
     assert store.statuses() == {a.task_id: "done", b.task_id: "failed", c.task_id: "done"}
     attempts = store.shard_attempts("s0")
     assert {task: sorted(found) for task, found in attempts.items()} == {
@@ -258,7 +258,9 @@ def test_the_dense_weights_committed_first_win(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.dense("d0") is None
     names = {content: store.commit_dense("d0", content) for content in (FIRST, SECOND)}
-    store.commit_dense("d00", b"another model")
+    other = store.commit_dense("d00", b"another model")
+    os.utime(tmp_path / other, ns=(0, 0))
+    (tmp_path / "dense" / ".d0-left.tmp").touch()
     for winner, loser in ((FIRST, SECOND), (SECOND, FIRST)):
         os.utime(tmp_path / names[winner], ns=(0, 10**18))
         os.utime(tmp_path / names[loser], ns=(0, 10**18 + 1))

@@ -1,0 +1,244 @@
+"""Expansion: the same spec is the same tasks in the same order on every machine, one at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator import expand
+from orchestrator.documents import Document, open_document
+from orchestrator.spec import load_spec
+from storage.records import Cell, Task
+from tests import specs
+
+SAMPLE = {"mode": "sample", "count": 3, "seed": 0}
+
+# Points of the layers axis, no two of which are the same cell at any ratio.
+LAYERS: list[Any] = ["conv1", ["conv1", "conv2"], "fc?", {"conv3": 0.7}, {"conv1": 0.3, "conv2": 0.6}]
+
+
+def some_of(values: list[Any]) -> st.SearchStrategy[list[Any]]:
+    """Some of the values, each once, in any order."""
+    return st.lists(st.sampled_from(values), min_size=1, max_size=len(values), unique_by=repr)
+
+
+grids = st.fixed_dictionaries(
+    {
+        "model": some_of(["lenet5_mini", "lenet5_mini_d6", "lenet5"]),
+        "dataset": some_of(["digits", "synthetic"]),
+        "layers": some_of(LAYERS),
+        "ratio": some_of([0.2, 0.5]),
+        "pruner": some_of(["oracle", "l1", "random"]),
+        "pruner_seed": some_of([0, 1]),
+        "propagation": some_of(["exact", "released"]),
+        "precision": some_of(["fp32", "bf16"]),
+        "seed": some_of([0, 1, 5]),
+    }
+)
+
+
+def document_of(grid: dict[str, Any], **keys: Any) -> Document:
+    """The document of a drawn grid; the ratio axis goes where no entry wants it."""
+    only_own = all(isinstance(entry, dict) for entry in grid["layers"])
+    return specs.document(grid | ({"ratio": None} if only_own else {}), **keys)
+
+
+@settings(max_examples=40)
+@given(grids, st.integers(1, 4))
+def test_task_count_is_the_product(grid: dict[str, Any], count: int) -> None:
+    """Every grid point is there exactly once, with its candidates crossed with the seeds."""
+    found = specs.ids(document_of(grid, candidates=SAMPLE | {"count": count}, retrain=[specs.TRAINING, OTHER]))
+    points = sum(1 if isinstance(entry, dict) else len(grid["ratio"]) for entry in grid["layers"])
+    candidates = {"oracle": count, "l1": 1, "random": len(grid["pruner_seed"])}
+    axes = [len(grid[axis]) for axis in ("model", "dataset", "propagation", "precision", "seed")]
+    assert len(found) == 2 * points * sum(candidates[pruner] for pruner in grid["pruner"]) * math.prod(axes)
+    assert len(set(found)) == len(found)
+
+
+OTHER = specs.TRAINING | {"epochs": 2}
+
+
+@settings(max_examples=20)
+@given(grids)
+def test_two_expansions_are_equal(grid: dict[str, Any]) -> None:
+    """The order is that of the spec: cell by cell, candidate by candidate, seed by seed."""
+    document = document_of(grid, candidates=SAMPLE)
+    found = specs.tasks(document)
+    assert found == specs.tasks(document)
+    place = {cell.cell_id: i for i, cell in enumerate(expand.cells(load_spec(document), document))}
+    seeds = grid["seed"]
+    keys = [(place[task.cell.cell_id], task.candidate, seeds.index(task.seed)) for task in found]
+    assert keys == sorted(keys)
+
+
+def test_another_process_expands_alike(tmp_path: Path) -> None:
+    """Neither the hash seed nor the machine moves a task: a driver elsewhere resumes the same sweep."""
+    grid = {"model": ["lenet5", "lenet5_mini"], "layers": LAYERS, "ratio": [0.5, 0.2], "pruner": ["random", "oracle"]}
+    document = specs.document(grid, candidates=SAMPLE)
+    code = "import sys; from tests import specs; from orchestrator.documents import Document; "
+    code += "print('\\n'.join(specs.ids(Document('made', sys.stdin.read()))))"
+    for seed in ("1", "2"):
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps(document.plain()),
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert found.stdout.split() == specs.ids(document)
+
+
+def test_a_point_named_twice_is_one_point() -> None:
+    """Duplicates, whether written so or meeting as patterns, are neither run nor counted twice."""
+    grid = {"layers": ["conv1", ["conv1", "conv2"]], "ratio": [0.2, 0.5], "seed": [0, 1]}
+    once = specs.document(grid, candidates=SAMPLE)
+    twice = specs.document(
+        {
+            "model": ["lenet5_mini", "lenet5_mini"],
+            "dataset": ["synthetic", "synthetic"],
+            "layers": ["conv1", "conv1", ["conv1"], ["conv2", "conv1"], "conv[12]", {"conv1": 0.2}],
+            "ratio": [0.2, 0.5, 0.2],
+            "pruner": ["oracle", "oracle"],
+            "seed": [0, 1, 0],
+        },
+        dense=[specs.TRAINING] * 2,
+        retrain=[specs.TRAINING] * 2,
+        candidates=SAMPLE,
+    )
+    assert specs.ids(twice) == specs.ids(once)
+    assert len(specs.ids(once)) == 4 * 3 * 2
+
+
+def test_expansion_is_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of millions of tasks is there after one cell and one task were made."""
+    made: list[type] = []
+    for kind in (Cell, Task):
+        monkeypatch.setattr(expand, kind.__name__, lambda *a, kind=kind, **k: (made.append(kind), kind(*a, **k))[1])
+    document = specs.document(
+        {"layers": ["conv1", "conv2", "conv3"], "ratio": 0.5, "seed": list(range(1000))},
+        retrain=[specs.TRAINING | {"epochs": n} for n in range(1, 21)],
+    )
+    tasks = expand.tasks(load_spec(document), document)
+    assert isinstance(tasks, Iterator)
+    assert made == []
+    first = list(islice(tasks, 2))
+    assert made == [Cell, Task, Task]
+    assert [(task.candidate, task.seed) for task in first] == [(0, 0), (0, 1)]
+    assert expand.candidate_count(first[0].cell, None) * 1000 * 3 * 20 == 15_120_000
+
+
+@pytest.mark.parametrize(
+    ("entry", "names"),
+    [
+        ("conv2", ["conv2"]),
+        (["conv3", "conv1"], ["conv1", "conv3"]),
+        ("conv*", ["conv1", "conv2", "conv3"]),
+        (["fc1", "conv[12]"], ["conv1", "conv2", "fc1"]),
+        (["conv1", "conv*"], ["conv1", "conv2", "conv3"]),
+        ("*", ["conv1", "conv2", "conv3", "fc1"]),
+    ],
+)
+def test_layers_are_in_network_order(entry: Any, names: list[str]) -> None:
+    """A cell is what is pruned, not how it was written: patterns become names, in the network's order."""
+    (cell,) = cells(specs.document({"layers": [entry], "ratio": 0.3}, candidates=SAMPLE))
+    assert cell.layers == tuple((name, 0.3) for name in names)
+    assert cell.pruning_ratio == 0.3
+
+
+def test_a_list_of_names_is_a_list_of_points() -> None:
+    """[a, b] prunes one or the other; [[a, b]] prunes both."""
+    either = cells(specs.document({"layers": ["conv1", "conv2"]}))
+    assert [cell.layers for cell in either] == [(("conv1", 0.2),), (("conv2", 0.2),)]
+    both = cells(specs.document({"layers": [["conv1", "conv2"]]}))
+    assert [cell.layers for cell in both] == [(("conv1", 0.2), ("conv2", 0.2))]
+
+
+def test_entries_with_ratios_of_their_own() -> None:
+    """{pattern: ratio} gives each layer its ratio; the cell's one ratio is null where they differ."""
+    entry = {"conv3": 0.5, "conv[12]": 0.2}
+    (cell,) = cells(specs.document({"layers": entry, "ratio": None}, candidates=SAMPLE))
+    assert cell.layers == (("conv1", 0.2), ("conv2", 0.2), ("conv3", 0.5))
+    assert cell.pruning_ratio is None
+    same = cells(specs.document({"layers": [{"conv1": 0.4}], "ratio": None}))
+    assert same == cells(specs.document({"ratio": 0.4}))
+    assert same[0].pruning_ratio == 0.4
+
+
+def test_criterion_pruners_have_one_candidate() -> None:
+    """l1, l2 and random choose one set: their ids know nothing of how the oracle's candidates are taken."""
+    grid = {"pruner": ["l1", "l2", "random"], "ratio": [0.2, 0.5]}
+    ways = [{"mode": "all"}, SAMPLE, SAMPLE | {"seed": 9}, SAMPLE | {"count": 44}]
+    found = [specs.ids(specs.document(grid, candidates=way)) for way in ways]
+    assert len(found[0]) == 6
+    assert all(other == found[0] for other in found)
+
+
+def test_sampling_seed_makes_other_tasks_and_count_more_of_them() -> None:
+    """Another sampling seed is another cell; a larger count is the same tasks and more."""
+    few = specs.ids(specs.document(candidates=SAMPLE))
+    more = specs.ids(specs.document(candidates=SAMPLE | {"count": 7}))
+    assert (len(few), len(more), more[:3]) == (3, 7, few)
+    assert not set(few) & set(specs.ids(specs.document(candidates=SAMPLE | {"seed": 1})))
+    assert not set(few) & set(specs.ids(specs.document(candidates={"mode": "all"})))
+
+
+def test_pruner_seed_matters_for_random_only() -> None:
+    """pruner_seed is an axis of the pruners that draw, and nobody else's id has it."""
+    pruners = ["oracle", "l1", "random"]
+    one = {p: specs.ids(specs.document({"pruner": p, "pruner_seed": 0})) for p in pruners}
+    other = {p: specs.ids(specs.document({"pruner": p, "pruner_seed": 7})) for p in pruners}
+    assert [one[p] == other[p] for p in pruners] == [True, True, False]
+    both = specs.ids(specs.document({"pruner": pruners, "pruner_seed": [0, 7]}))
+    assert both == [*one["oracle"], *one["l1"], *one["random"], *other["random"]]
+
+
+@given(st.sampled_from([0.1, 0.2, 0.5, 0.8, 0.9]), st.sampled_from(["conv1", "conv3", "fc1"]))
+@settings(max_examples=10)
+def test_mode_all_numbers_every_combination(ratio: float, layer: str) -> None:
+    """Mode all plans as many candidates as there are ways to choose, numbered from 0."""
+    found = specs.tasks(specs.document({"layers": layer, "ratio": ratio}))
+    assert [task.candidate for task in found] == list(range(math.comb(10, round(10 * ratio))))
+
+
+COUNTS = [45, 120, 210, 252, 210, 120, 45]
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv2", "conv3"])
+def test_lenet5_mini_studies_are_the_papers(layer: str) -> None:
+    """The shipped studies are the experiments of arXiv 2412.00143: cells, candidates, seeds, recipes."""
+    document = open_document(f"lenet5-mini-{layer}")
+    spec = load_spec(document)
+    found = cells(document)
+    assert [expand.candidate_count(cell, spec.candidates.count) for cell in found] == COUNTS
+    assert [cell.layers for cell in found] == [((layer, n / 10),) for n in range(2, 9)]
+    assert len(specs.tasks(document)) == sum(COUNTS) * 3 == 3006
+    dense, retrain = found[0].dense, found[0].retrain
+    assert (dense.model, dense.dataset) == ("lenet5_mini", "mnist")
+    assert (dense.recipe.lr, retrain.lr) == (((0, 0.01), (20, 0.001)), ((0, 0.001), (20, 1e-4)))
+    for recipe in (dense.recipe, retrain):
+        assert (recipe.epochs, recipe.batch_size, recipe.momentum, recipe.weight_decay) == (30, 256, 0.9, 1e-4)
+
+
+def test_digits_study() -> None:
+    """The demo is every way to remove two of ten filters, with two seeds."""
+    found = specs.tasks(open_document("digits"))
+    assert len(found) == 45 * 2
+    assert {task.seed for task in found} == {0, 1}
+
+
+def cells(document: Document) -> list[Cell]:
+    """Every cell of a document."""
+    return list(expand.cells(load_spec(document), document))
