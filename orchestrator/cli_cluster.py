@@ -75,7 +75,8 @@ def submit(
     )
     if not no_wait:
         with job_server(server) as client:
-            ctx.exit(_follow(client, job))
+            code = _follow(client, job)
+        ctx.exit(code)
 
 
 def _needed(address: str | None) -> str:
@@ -122,9 +123,13 @@ def logs(ctx: click.Context, sweep: str, follow: bool, address: str | None) -> N
 
     with job_server(_needed(address)) as client:
         job = str(find_job(client, sweep).submission_id)
-        if follow:
-            ctx.exit(_follow(client, job))
-        click.echo(client.get_job_logs(job), nl=False)
+        code = _follow(client, job) if follow else _show(client, job)
+    ctx.exit(code)
+
+
+def _show(client: JobSubmissionClient, job: str) -> int:
+    click.echo(client.get_job_logs(job), nl=False)
+    return 0
 
 
 @click.command()

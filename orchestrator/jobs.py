@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shlex
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.cluster import environment, first_line
 from orchestrator.errors import ClusterError, UserError
 from storage.records import utc_now
 
@@ -24,18 +24,15 @@ SWEEP = "prunesweep_sweep"
 @contextlib.contextmanager
 def job_server(address: str) -> Iterator[JobSubmissionClient]:
     """Ray's job server at `address` (http://HOST:8265). Raises ClusterError."""
-    # An address in the environment would win over the argument.
-    hidden = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     try:
-        from ray.job_submission import JobSubmissionClient
+        # An address in the environment would win over the argument.
+        with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
+            from ray.job_submission import JobSubmissionClient
 
-        yield JobSubmissionClient(address)
+            client = JobSubmissionClient(address)
+        yield client
     except (ConnectionError, RuntimeError, ValueError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        what = lines[0] if lines else type(error).__name__
-        raise ClusterError(f"the Ray job server at {address} does not answer as asked: {what}") from error
-    finally:
-        os.environ |= {name: value for name, value in hidden.items() if value is not None}
+        raise ClusterError(f"the Ray job server at {address} does not answer as asked: {first_line(error)}") from error
 
 
 def submit_job(address: str, sweep: str, spec: str, store: str, data_root: str) -> str:

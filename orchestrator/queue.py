@@ -61,9 +61,9 @@ class Queue:
         if shard.dense is None:
             self.problems.append(f"shard {shard.filed_under} stopped, and its tasks stay pending: {reason}")
             return
-        needing = [s for s in self.waiting if s.needs.dense_id == shard.dense.dense_id]
-        self.waiting = [s for s in self.waiting if s not in needing]
-        left = sum(len(s.tasks) for s in needing)
+        dense_id = shard.dense.dense_id
+        left = sum(len(s.tasks) for s in self.waiting if s.needs.dense_id == dense_id)
+        self.waiting = [s for s in self.waiting if s.needs.dense_id != dense_id]
         self.problems.append(
             f"the dense model {shard.dense.model} on {shard.dense.dataset} could not be trained, "
             f"so {left} tasks stay pending: {reason}"

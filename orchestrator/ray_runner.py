@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.exceptions
 from ray import tune
 from ray.tune.search import Searcher
 
-from orchestrator.errors import ClusterError, UserError
+from orchestrator.cluster import environment
+from orchestrator.errors import UserError
 from storage.records import Shard
 from storage.store import Store
 from workers.worker import Worker
@@ -25,9 +22,6 @@ if TYPE_CHECKING:
     from orchestrator.progress import Progress
     from orchestrator.queue import Queue
     from orchestrator.run import Options
-
-SETUP_HOOK = "prunesweep.claim_rooms"
-"""Run first in every worker process, so that a `models` in the working directory is not taken for ours."""
 
 STEP_SECONDS = 1.0
 """A worker reports after this long at the latest, between two tasks."""
@@ -133,7 +127,7 @@ def run_on_ray(queue: Queue, store: Store, options: Options, progress: Progress)
     workers = None if options.workers == "auto" else int(options.workers)
     pending = workers or _slots(options.cpus, gpus)
     common = {"store": store.absolute, "data_root": options.data_root, "cpu": gpus == 0}
-    with _environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(pending)}), contextlib.redirect_stdout(sys.stderr):
+    with environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(pending)}), contextlib.redirect_stdout(sys.stderr):
         for precision in queue.precisions:
             searcher = ShardSearcher(queue, precision, common)
             _fit(searcher, _bundle(options.cpus, gpus), workers, Reporter(progress))
@@ -187,54 +181,3 @@ def _check_fits(cpus: float, gpus: float) -> None:
         has = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in ("CPU", "GPU")) for node in nodes)
         asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
         raise UserError(f"a shard asks for {asked}, and no node of the cluster has that (it has {has})")
-
-
-@contextlib.contextmanager
-def connected(options: Options) -> Iterator[None]:
-    """Connected to a Ray cluster: the one at `options.address`, or one embedded for this run.
-
-    Raises ClusterError with what to do.
-    """
-    arguments: dict[str, Any] = {
-        "address": options.address or "local",
-        "log_to_driver": options.debug,
-        "logging_level": logging.INFO if options.debug else logging.CRITICAL,
-        "runtime_env": {"worker_process_setup_hook": SETUP_HOOK},
-    }
-    if not options.address:
-        arguments |= {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
-    # RAY_ADDRESS would win over the argument. Our setting of it was read before.
-    with _environment({"RAY_ADDRESS": None}):
-        try:
-            ray.init(**arguments)
-        except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
-            where = f"the Ray cluster at {options.address}" if options.address else "an embedded Ray"
-            raise ClusterError(f"cannot start on {where}: {_first_line(error)}") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str | None]) -> Iterator[None]:
-    """Environment variables set, or with None unset, and put back."""
-    before = {name: os.environ.get(name) for name in values}
-    _set(values)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

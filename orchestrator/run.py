@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from orchestrator.cluster import check_reachable, connected
 from orchestrator.documents import Document
 from orchestrator.drivers import sign_of_life
 from orchestrator.expand import keeps
@@ -55,12 +56,14 @@ def run_spec(store: Store, document: Document, options: Options) -> Outcome:
     """Check, expand, record and run a spec. Nothing is written before everything is checked."""
     spec = check(document, options.data_root)
     store.check_writable()
+    check_reachable(options.address)
     manifest = store.write_manifest(spec.name, document.text(), planned(spec, document))
     return run_sweep(store, manifest, options)
 
 
 def run_sweep(store: Store, manifest: Manifest, options: Options, only: frozenset[str] | None = None) -> Outcome:
     """Run exactly what a recorded sweep has unfinished (of `only`, where given)."""
+    check_reachable(options.address)
     plan = plan_of_sweep(store, manifest, only)
     say(opening(manifest.sweep, plan, store))
     problems: list[str] = []
@@ -122,7 +125,7 @@ def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
 
             run_inline(queue, store, options, shown)
         else:
-            from orchestrator.ray_runner import connected, run_on_ray
+            from orchestrator.ray_runner import run_on_ray
 
             with connected(options):
                 run_on_ray(queue, store, options, shown)

@@ -58,6 +58,8 @@ class Store:
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.location = os.fspath(location)
+        if not self.location or self.location.endswith("://"):
+            raise StoreError(f"{self.location!r} is no store location: give a folder, or a URI as s3://bucket/prefix")
         try:
             if "://" in self.location:
                 self.fs, root = pafs.FileSystem.from_uri(self.location)

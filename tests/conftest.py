@@ -102,7 +102,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         _wait_for_job_server(jobs, process, log)
         yield Cluster(f"127.0.0.1:{port}", jobs)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()  # it ends what it started
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

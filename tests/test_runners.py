@@ -149,7 +149,7 @@ def test_a_task_that_kills_its_process_is_buried_alone(
 
         workers.task.prune_and_measure = deadly  # pyright: ignore[reportAttributeAccessIssue]
 
-    monkeypatch.setattr("orchestrator.ray_runner.SETUP_HOOK", plant_killer)
+    monkeypatch.setattr("orchestrator.cluster.SETUP_HOOK", plant_killer)
     store = Store(str(tmp_path / "store"))
     outcome = Runner(Options(address=cluster.address)).spec(store)
     assert (outcome.done, outcome.failed, outcome.pending) == (6, 2, 0)

@@ -1,0 +1,86 @@
+"""Reaching a Ray cluster: connect, or say in one message why not. Ray is imported only to connect."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import ClusterError
+
+if TYPE_CHECKING:
+    from orchestrator.run import Options
+
+CONNECT_SECONDS = 10.0
+
+SETUP_HOOK: str | Callable[[], None] = "prunesweep.claim_rooms"
+"""Run first in every worker process, so that a `models` in the working directory is not taken for ours."""
+
+
+@contextlib.contextmanager
+def connected(options: Options) -> Iterator[None]:
+    """Connected to a Ray cluster: the one at `options.address`, or one embedded for this run.
+
+    Raises ClusterError with what to do.
+    """
+    arguments: dict[str, Any] = {
+        "address": options.address or "local",
+        "log_to_driver": options.debug,
+        "logging_level": logging.INFO if options.debug else logging.CRITICAL,
+        "runtime_env": {"worker_process_setup_hook": SETUP_HOOK},
+    }
+    if not options.address:
+        arguments |= {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
+    import ray
+    from ray.exceptions import RayError
+
+    # RAY_ADDRESS would win over the argument. Our setting of it was read before.
+    with environment({"RAY_ADDRESS": None}):
+        try:
+            ray.init(**arguments)
+        except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+            where = f"the Ray cluster at {options.address}" if options.address else "an embedded Ray"
+            raise ClusterError(f"cannot start on {where}: {first_line(error)}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def check_reachable(address: str | None) -> None:
+    """Raise ClusterError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not (host and port.isdigit()) or "://" in host:
+        return  # `auto`, or a form that Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Environment variables set, or with None unset, and put back."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
