@@ -15,6 +15,7 @@ from orchestrator.errors import ClusterError, UserError
 from storage.errors import QueryError, StoreError
 
 PROJECT_FILE = "prunesweep.toml"
+PROJECT_KEYS = ("store", "data_root", "address", "job_server")
 EXIT_CODES: dict[type[Exception], int] = {UserError: 2, QueryError: 2, ClusterError: 4, StoreError: 5}
 INTERRUPTED, FAILED_TASKS, INTERNAL = 130, 3, 1
 
@@ -96,7 +97,10 @@ def command_line(ctx: click.Context, debug: bool) -> None:
     from prunesweep.toml in the working directory, as `store = "results"`.
     """
     ctx.obj = {"debug": debug}
-    ctx.default_map = {name: _project_file() for name in COMMANDS}
+    found = _project_file()
+    # Ray's own address and its job server's are two things, and one option name.
+    jobs = {**found, "address": found.get("job_server")}
+    ctx.default_map = {name: jobs if module == "cli_cluster" else found for name, module in COMMANDS.items()}
 
 
 def _project_file() -> dict[str, Any]:
@@ -107,9 +111,9 @@ def _project_file() -> dict[str, Any]:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
-    unknown = sorted(set(found) - {"store", "data_root", "address"})
+    unknown = sorted(set(found) - set(PROJECT_KEYS))
     if unknown:
-        raise UserError(f"{path}: unknown key {unknown[0]}; allowed: store, data_root, address")
+        raise UserError(f"{path}: unknown key {unknown[0]}; allowed: {', '.join(PROJECT_KEYS)}")
     for key, value in found.items():
         if not isinstance(value, str) or not value:
             raise UserError(f'{path}: {key} is text, as {key} = "...", not {value!r}')

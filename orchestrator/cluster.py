@@ -38,7 +38,8 @@ def connected(options: Options) -> Iterator[None]:
     from ray.exceptions import RayError
 
     # RAY_ADDRESS would win over the argument. Our setting of it was read before.
-    with environment({"RAY_ADDRESS": None}):
+    usage = {"RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")}  # nothing is sent unasked
+    with environment({"RAY_ADDRESS": None, **usage}):
         try:
             ray.init(**arguments)
         except (ConnectionError, RayError, RuntimeError, ValueError) as error:

@@ -5,6 +5,7 @@ Prints the device each worker was given, sorted. Every worker waits until all fo
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -45,7 +46,7 @@ def main() -> None:
     cell = Cell(Dense("lenet5_mini", "synthetic", recipe), (("conv1", 0.2),), "oracle", recipe)
     queue = Queue.of([Shard(f"s{i}", (Task(cell, i, 0),)) for i in range(4)], [], random.Random(0))
     ray_runner.Worker = Placed  # pyright: ignore[reportAttributeAccessIssue]
-    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, logging_level=logging.ERROR)
     ray.cloudpickle.register_pickle_by_value(ray_runner)
     ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
     ray_runner.run_on_ray(queue, Store(str(HERE / "store")), Options(gpus=0.5), Progress(4))

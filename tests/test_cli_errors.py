@@ -156,7 +156,7 @@ def test_a_spec_that_is_none(here: Path, capsys: pytest.CaptureFixture[str], con
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("stor = 'elsewhere'\n", "prunesweep.toml: unknown key stor; allowed: store, data_root, address"),
+        ("stor = 'elsewhere'\n", "prunesweep.toml: unknown key stor; allowed: store, data_root, address, job_server"),
         ("store = \n", "prunesweep.toml: not valid TOML"),
         ("store = 3\n", "prunesweep.toml: store is text"),
         ("[store]\nlocation = 'x'\n", "prunesweep.toml: store is text"),

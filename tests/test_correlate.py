@@ -22,11 +22,13 @@ VALUES = {cell: {name: _draw(0.1, 0.9, (n, 2)) for name in COLUMNS} for cell, n 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """The sweep `mini` of three cells with two seeds, complete but for two candidates of ORACLE; `half` has no row."""
+    """The sweep `mini` of three cells with two seeds, complete but for two candidates of ORACLE; `half` has no row,
+    `also` has three candidates of mini's with one seed."""
     found = Store(tmp_path_factory.mktemp("store"))
     planned = [task for cell in SIZES for task in tasks(cell, SIZES[cell] + 2 * (cell == ORACLE), 2)]
     plan(found, "mini", planned)
     plan(found, "half", tasks(Cell(L1.dense, L1.layers, "l2", L1.retrain), 2))
+    plan(found, "also", tasks(ORACLE, 3))
     rows = [
         done(task, **{name: float(VALUES[cell][name][task.candidate, task.seed]) for name in COLUMNS})
         for cell in SIZES
@@ -51,6 +53,13 @@ def test_cells_come_in_the_order_of_the_grid_with_their_candidates(store: Store)
         assert data.candidate == list(range(SIZES[cell]))
         for name in COLUMNS:
             assert data.columns[name] == pytest.approx(_means(cell, name), rel=1e-14)
+
+
+def test_a_cell_of_two_sweeps_is_seen_as_each_planned_it(store: Store) -> None:
+    """Rows are shared, candidates and seeds are the sweep's own."""
+    (found,) = cell_data(store, "also", (X, Y))
+    assert (found.candidate, found.planned, found.seeds) == ([0, 1, 2], 3, 1)
+    assert found.columns[X] == VALUES[ORACLE][X][:3, 0].tolist()
 
 
 @pytest.mark.parametrize(("y", "higher"), [(Y, True), ("best_test_loss", False)])
@@ -103,7 +112,7 @@ def test_a_mistake_in_where_is_a_query_error(where: str, store: Store) -> None:
 
 def test_an_unknown_sweep_names_those_there_are(store: Store, tmp_path: Path) -> None:
     """A mistyped sweep is answered with the sweeps of the store."""
-    with pytest.raises(QueryError, match=r"no sweep mino .*: half, mini$"):
+    with pytest.raises(QueryError, match=r"no sweep mino .*: also, half, mini$"):
         cell_data(store, "mino", COLUMNS)
     with pytest.raises(QueryError, match="there are: none"):
         cell_data(Store(tmp_path), "mini", COLUMNS)

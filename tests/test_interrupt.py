@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY, Prunesweep, command
+from orchestrator.cli import main
+from tests.conftest import TINY, command
 
 SLOWER = TINY.replace("epochs: 2, batch_size: 128, lr: {0", "epochs: 25, batch_size: 128, lr: {0")
 
@@ -39,63 +40,80 @@ def row_files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in rows.glob("*.parquet")} if rows.is_dir() else {}
 
 
-def finish(folder: Path, prunesweep: Prunesweep, *arguments: str) -> None:
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """A command in this process, where torch is loaded already: exit code, stdout, stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(str(exit_.value.code)), out, err
+
+
+def finish(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Resume, and check that nothing committed was lost or run again."""
     before = row_files(folder)
     assert 1 <= len(before) < 8
-    resumed = prunesweep("resume", "tiny", *arguments, cwd=folder)
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"{len(before)} done, {8 - len(before)} to run" in resumed.stderr
+    code, _, err = in_process(capsys, "resume", "tiny", "--inline")
+    assert code == 0, err
+    assert f"{len(before)} done, {8 - len(before)} to run" in err
     after = row_files(folder)
     assert len(after) == 8 and before.items() <= after.items()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--inline"]], ids=["ray", "inline"])
-def test_ctrl_c(arguments: list[str], tmp_path: Path, prunesweep: Prunesweep) -> None:
-    """Ctrl-C: exit 130, the command that resumes, no traceback."""
-    process = start_and_wait_for_rows(tmp_path, *arguments)
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_ctrl_c(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C of a run on embedded Ray: exit 130, the command that resumes, no traceback."""
+    process = start_and_wait_for_rows(here)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
     assert "prunesweep resume tiny --store results" in err
-    finish(tmp_path, prunesweep, "--inline")
+    finish(here, capsys)
 
 
-def test_killed_driver(tmp_path: Path, prunesweep: Prunesweep) -> None:
+def test_killed_driver(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL of the driver, Ray and all: the store is whole, and a fresh driver goes on."""
-    process = start_and_wait_for_rows(tmp_path)
+    process = start_and_wait_for_rows(here)
     process.kill()
     process.communicate(timeout=60)
     time.sleep(2)  # its workers end with it; one may be committing
-    status = prunesweep("status", "tiny", "-f", "csv")
-    assert status.returncode == 0
-    assert "a driver noted that it is at work" not in status.stderr
-    finish(tmp_path, prunesweep, "--inline")
+    code, _, err = in_process(capsys, "status", "tiny", "-f", "csv")
+    assert code == 0 and "at work" not in err
+    finish(here, capsys)
 
 
-def test_stop_ends_a_run_of_this_machine(tmp_path: Path, prunesweep: Prunesweep) -> None:
+def test_stop_ends_a_run_of_this_machine(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`stop SWEEP` without a cluster is Ctrl-C from another terminal; a second one finds nothing."""
-    process = start_and_wait_for_rows(tmp_path, "--inline")
-    assert "at work on" in prunesweep("status", "tiny").stderr
-    stopped = prunesweep("stop", "tiny")
-    assert stopped.returncode == 0, stopped.stderr
+    process = start_and_wait_for_rows(here, "--inline")
+    assert "at work on" in in_process(capsys, "status", "tiny")[2]
+    assert in_process(capsys, "stop", "tiny")[0] == 0
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert prunesweep("stop", "tiny").returncode == 2
-    finish(tmp_path, prunesweep, "--inline")
+    assert in_process(capsys, "stop", "tiny")[0] == 2
+    finish(here, capsys)
 
 
-def test_resume_narrows(tmp_path: Path, prunesweep: Prunesweep) -> None:
-    """--where and --shard run a part of what is unfinished, and exit 3 while something is left."""
-    process = start_and_wait_for_rows(tmp_path, "--inline")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    for path in (tmp_path / "results" / "rows").iterdir():
+def test_resume_narrows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--where, --failed and --shard run a part of what is unfinished, and exit 3 while something is left."""
+    (here / "tiny.yaml").write_text(TINY)
+    assert in_process(capsys, "run", "tiny.yaml", "--inline")[0] == 0
+    for path in (here / "results" / "rows").iterdir():
         path.unlink()
-    some = prunesweep("resume", "tiny", "--inline", "--where", "candidate = 1 and seed = 0")
-    assert some.returncode == 3, some.stderr
-    found = prunesweep("query", "select candidate, seed from rows", "-f", "jsonl").stdout
-    assert found == '{"candidate": 1, "seed": 0}\n'
-    nothing = prunesweep("resume", "tiny", "--inline", "--failed")
-    assert nothing.returncode == 3 and len(row_files(tmp_path)) == 1
+    code, _, err = in_process(capsys, "resume", "tiny", "--inline", "--where", "candidate = 1 and seed = 0")
+    assert code == 3, err
+    assert in_process(capsys, "query", "select candidate, seed from rows", "-f", "jsonl")[1] == (
+        '{"candidate": 1, "seed": 0}\n'
+    )
+    assert in_process(capsys, "resume", "tiny", "--inline", "--failed")[0] == 3
+    assert len(row_files(here)) == 1
+    shard = in_process(capsys, "query", "select shard from tasks where candidate = 3 limit 1", "-f", "csv")[1]
+    assert in_process(capsys, "resume", "tiny", "--inline", "--shard", shard.split()[1])[0] == 3
+    assert len(row_files(here)) == 5
+    assert in_process(capsys, "resume", "tiny", "--inline", "--shard", "nosuch")[0] == 2

@@ -54,77 +54,61 @@ def rows(store: Store) -> dict[str, Row]:
     return {row.task_id: row for row in table_to_rows(store.row_files()[0])}
 
 
-def same(one: Row, other: Row) -> bool:
-    """Equal in every column but provenance, bit for bit; and by the same execution."""
-    columns = [name for name in SCHEMA.names if name not in PROVENANCE]
-    return all(getattr(one, c) == getattr(other, c) for c in columns) and one.execution == other.execution
+def assert_same(found: dict[str, Row], reference: dict[str, Row]) -> None:
+    """The same tasks; equal in every column but provenance, bit for bit, and by the same execution."""
+    columns = [name for name in SCHEMA.names if name not in PROVENANCE] + ["execution"]
+    assert found.keys() == reference.keys()
+    for task_id, row in found.items():
+        assert {c: getattr(row, c) for c in columns} == {c: getattr(reference[task_id], c) for c in columns}
 
 
-def test_every_task_leaves_one_row_and_the_rows_are_the_same(
-    runner: Runner, reference: dict[str, Row], tmp_path: Path
-) -> None:
-    """The contract: 8 tasks, 8 rows, bit for bit those of the other runner; a second run runs nothing."""
+def test_the_contract(runner: Runner, reference: dict[str, Row], tmp_path: Path) -> None:
+    """Every task leaves one row, bit for bit that of the other runner; a second run runs nothing; resume
+    runs exactly what is missing; a task that fails leaves a failed row of its own, and can be run again."""
     store = Store(str(tmp_path / "store"))
-    outcome = runner.spec(store, "resources.workers=2")
-    assert outcome == Outcome("tiny", done=8, failed=0, pending=0)
+    assert runner.spec(store, "resources.workers=2") == Outcome("tiny", done=8, failed=0, pending=0)
     table, problems = store.row_files()
     assert (len(table), problems) == (8, [])
-    found = rows(store)
-    assert found.keys() == reference.keys()
-    assert all(same(found[task_id], reference[task_id]) for task_id in found)
-    files = sorted(Path(store.root, "rows").iterdir())
-    assert runner.spec(store).complete  # other resources are the same sweep
-    assert sorted(Path(store.root, "rows").iterdir()) == files
-    assert not [p for p in Path(store.root).rglob("*") if ".tmp" in p.name]
+    assert_same(rows(store), reference)
+    files = set(Path(store.root, "rows").iterdir())
+    assert runner.spec(store).complete  # other resources: the same sweep, all done
+    assert set(Path(store.root, "rows").iterdir()) == files
+    assert not [path for path in Path(store.root).rglob("*") if path.name.endswith(".tmp")]
     assert not list(Path(store.root, "scratch", "drivers").glob("*"))
 
-
-def test_resume_runs_exactly_the_rest(runner: Runner, reference: dict[str, Row], tmp_path: Path) -> None:
-    """Some rows lost: only their tasks run again, and the rows are those of the undisturbed run."""
-    store = Store(str(tmp_path / "store"))
-    assert runner.spec(store).complete
-    files = sorted(Path(store.root, "rows").iterdir())
-    for path in files[::3]:
+    lost = sorted(files)[::3]
+    for path in lost:
         path.unlink()
-    manifest = store.manifest("tiny")
-    assert manifest is not None
+    (dense,) = Path(store.root, "dense").iterdir()
+    good = dense.read_bytes()
+    dense.write_bytes(good[:-1] + b"x")
+    manifest = store.newest("tiny")
+    assert run_sweep(store, manifest, runner.options) == Outcome("tiny", done=5, failed=3, pending=0)
+    failures = store.sql("select error_class, sum(tasks) from failures group by 1").fetchall()
+    assert failures == [("StoreError", 3)]
+
+    dense.write_bytes(good)
     assert run_sweep(store, manifest, runner.options).complete
-    left = sorted(Path(store.root, "rows").iterdir())
-    assert len(left) == 8 and set(files) - set(files[::3]) < set(left)
-    assert all(same(row, reference[row.task_id]) for row in rows(store).values())
+    assert set(Path(store.root, "rows").iterdir()) > files - set(lost)
+    chosen = store.sql("select task_id, attempt from rows where attempt > 1").fetchall()
+    assert len(chosen) == 3
+    done = {row.task_id: row for row in table_to_rows(store.row_files()[0]) if row.status == "done"}
+    assert_same(done, reference)
 
 
-def test_failed_tasks_have_rows_and_the_others_are_done(
-    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A dense model that cannot be trained leaves its tasks pending; the other cell's are done."""
+def test_a_dense_model_that_fails_and_two_precisions(runner: Runner, tmp_path: Path) -> None:
+    """A dense model that cannot be trained leaves its tasks pending and says so; the others are done, in
+    both precisions, though a process holds only one."""
     store = Store(str(tmp_path / "store"))
     outcome = runner.spec(
         store,
         "dense=[{epochs: 1, batch_size: 128, lr: 1.0e30}, {epochs: 1, batch_size: 128, lr: 0.05}]",
+        "grid.precision=[fp32, bf16]",
         "candidates.count=1",
+        "grid.seed=0",
     )
     assert (outcome.done, outcome.failed, outcome.pending) == (2, 0, 2)
     assert len(outcome.problems) == 1 and "diverged in epoch 1" in outcome.problems[0]
-
-
-def test_a_task_that_fails_does_not_take_its_neighbours_along(runner: Runner, tmp_path: Path) -> None:
-    """Damaged dense weights: every task fails with a row of its own that says so."""
-    store = Store(str(tmp_path / "store"))
-    assert runner.spec(store, "candidates.count=1").complete
-    (dense,) = Path(store.root, "dense").iterdir()
-    dense.write_bytes(dense.read_bytes()[:-1] + b"x")
-    outcome = runner.spec(store)
-    assert (outcome.done, outcome.failed, outcome.pending) == (2, 6, 0)
-    failed = store.sql("select error_class, sum(tasks) from failures group by 1").fetchall()
-    assert failed == [("StoreError", 6)]
-
-
-def test_two_precisions_in_one_sweep(runner: Runner, tmp_path: Path) -> None:
-    """A process holds one precision; a sweep over two of them runs all the same."""
-    store = Store(str(tmp_path / "store"))
-    outcome = runner.spec(store, "grid.precision=[fp32, bf16]", "candidates.count=1", "grid.seed=0")
-    assert outcome.complete
     losses = dict(store.sql("select precision, pruned_train_loss from rows").fetchall())
     assert losses["fp32"] != losses["bf16"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
@@ -133,10 +117,10 @@ def test_two_precisions_in_one_sweep(runner: Runner, tmp_path: Path) -> None:
 def test_a_task_that_kills_its_process_is_buried_alone(
     cluster: Cluster, reference: dict[str, Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both tasks of the deadly candidate get a failed row by the driver; all others are done, as ever."""
+    """The deadly candidate gets a failed row by the driver; its neighbour in the shard is done, as ever."""
 
     def plant_killer() -> None:
-        """What a segmentation fault in a kernel looks like, for candidate 2."""
+        """What a segmentation fault in a kernel looks like, for candidate 1."""
         import prunesweep
 
         prunesweep.claim_rooms()
@@ -145,18 +129,18 @@ def test_a_task_that_kills_its_process_is_buried_alone(
         measure = workers.task.prune_and_measure
 
         def deadly(task: Task, dense: object, worker: object) -> object:
-            return os._exit(139) if task.candidate == 2 else measure(task, dense, worker)  # pyright: ignore[reportArgumentType]
+            return os._exit(139) if task.candidate == 1 else measure(task, dense, worker)  # pyright: ignore[reportArgumentType]
 
         workers.task.prune_and_measure = deadly  # pyright: ignore[reportAttributeAccessIssue]
 
     monkeypatch.setattr("orchestrator.cluster.SETUP_HOOK", plant_killer)
     store = Store(str(tmp_path / "store"))
-    outcome = Runner(Options(address=cluster.address)).spec(store)
-    assert (outcome.done, outcome.failed, outcome.pending) == (6, 2, 0)
+    outcome = Runner(Options(address=cluster.address)).spec(store, "candidates.count=2", "grid.seed=0")
+    assert (outcome.done, outcome.failed, outcome.pending) == (1, 1, 0)
     failed = store.sql("select error_class, candidate from rows where status = 'failed'").fetchall()
-    assert failed == [("ProcessDied", 2)] * 2
+    assert failed == [("ProcessDied", 1)]
     done = {task_id: row for task_id, row in rows(store).items() if row.status == "done"}
-    assert all(same(row, reference[task_id]) for task_id, row in done.items())
+    assert_same(done, {task_id: reference[task_id] for task_id in done})
 
 
 def test_pretended_gpus_are_shared_as_asked(tmp_path: Path) -> None:

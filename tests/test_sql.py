@@ -364,6 +364,14 @@ def test_no_python_variable_can_be_read(store: Store) -> None:
     assert len(secret) == 1
 
 
+def test_a_connection_is_closed_whatever_happens(store: Store) -> None:
+    """One with Python functions in it must be closed, also where a query fails."""
+    with pytest.raises(ZeroDivisionError), connection(store) as con:
+        raise ZeroDivisionError
+    with pytest.raises(duckdb.ConnectionException):
+        con.sql("select 1")
+
+
 def test_the_connection_itself_is_locked(store: Store, tmp_path: Path) -> None:
     """Where the parser's word is not asked, the settings still keep files and settings shut."""
     with connection(store) as con:

@@ -1,6 +1,7 @@
 """The statistics of one cell, against definitions written out here."""
 
 import math
+import warnings
 from itertools import combinations, permutations
 
 import numpy as np
@@ -98,8 +99,10 @@ def test_pairs_with_a_hole_are_dropped_and_counted(hole: float | None) -> None:
     ("x", "y"), [([], []), ([1], [2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [5, 5, 5]), ([None, 1], [2, None])]
 )
 def test_what_is_not_defined_is_nan(x: list[float], y: list[float]) -> None:
-    """Fewer than two pairs or a constant side give NaN everywhere: no crash, no 0, no 1."""
-    found = correlation(x, y)
+    """Fewer than two pairs or a constant side give NaN everywhere: no crash, no 0, no 1, no warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = correlation(x, y)
     numbers = [found.kendall, found.kendall_p, found.spearman, found.spearman_p, found.pearson, found.pearson_p]
     assert all(math.isnan(number) for number in numbers)
     assert found.n + found.dropped == len(x)
