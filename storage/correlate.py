@@ -63,7 +63,7 @@ def cell_data(
     pruned from two different dense networks.
     """
     with connection(store, report) as con:
-        known = [row[0] for row in con.sql("select sweep from sweeps").fetchall()]
+        known = [row[0] for row in con.sql("select sweep from sweeps order by sweep").fetchall()]
         if sweep not in known:
             raise QueryError(f"no sweep {sweep} in {store.location}; there are: {', '.join(known) or 'none'}")
         _check_columns(con, columns)
