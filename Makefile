@@ -20,8 +20,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 demo: install
-	@$(BIN)/prunesweep run digits
-	@$(BIN)/prunesweep plot digits -o results/digits.png
+	@$(BIN)/prunesweep run digits --store results
+	@$(BIN)/prunesweep plot digits --store results -o results/digits.png
 
 lint: install
 	@$(BIN)/ruff check .

@@ -19,12 +19,13 @@ def claim_rooms() -> None:
 
     Raises ImportError when another package has taken one of their names already.
     """
-    here = str(Path(__file__).resolve().parent)
+    folder = Path(__file__).resolve().parent
+    here = str(folder)
     sys.path.insert(0, here)
     try:
         for room in ROOMS:
-            found = importlib.import_module(room).__file__ or ""
-            if not found.startswith(here):
+            found = importlib.import_module(room).__file__
+            if found is None or not Path(found).resolve().is_relative_to(folder):
                 raise ImportError(f"prunesweep needs its own package {room}; {found} was imported before it")
     finally:
         sys.path.remove(here)

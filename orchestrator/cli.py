@@ -123,7 +123,8 @@ def _project_file() -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its code: a person's mistake is one message, never a traceback."""
     given = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in given
+    debug = "--debug" in given  # wherever it stands
+    given = ["--debug", *(word for word in given if word != "--debug")] if debug else given
     try:
         code = command_line.main(given, prog_name="prunesweep", standalone_mode=False)
     except click.exceptions.Abort:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.errors import UserError
-from orchestrator.options import absolute, data_root_option, existing_store, set_option, store_option
+from orchestrator.options import absolute, data_root_option, existing_store, read_spec, set_option, store_option
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -48,18 +48,12 @@ def submit(
     \b
     prunesweep submit sweep.yaml --address http://head:8265 --store /shared/results --no-wait
     """
-    from orchestrator.documents import open_document
-    from orchestrator.expand import cells
     from orchestrator.jobs import job_server, submit_job
-    from orchestrator.spec import load_spec
+    from orchestrator.plan import check
     from storage.store import Store
 
-    document = open_document(spec)
-    for assignment in overrides:
-        document.override(assignment)
-    checked = load_spec(document)
-    for _ in cells(checked, document):
-        pass
+    document = read_spec(spec, overrides)
+    checked = check(document)
     opened = Store(store)
     location = opened.absolute
     server = _needed(address)
@@ -157,7 +151,10 @@ def stop(sweep: str, store: str, address: str | None) -> None:
         hint = f" (one is noted on {elsewhere}: stop it there)" if elsewhere else ""
         raise UserError(f"no run of {sweep} is at work on this machine{hint}; a submitted one needs --address")
     for driver in alive:
-        os.kill(driver["pid"], signal.SIGINT)
+        try:
+            os.kill(driver["pid"], signal.SIGTERM)
+        except (ProcessLookupError, PermissionError) as error:
+            raise UserError(f"cannot stop process {driver['pid']}: {error.strerror}") from error
         click.echo(f"asked process {driver['pid']} to stop; `prunesweep resume {sweep}` goes on", err=True)
 
 

@@ -49,8 +49,8 @@ def ls(store: str, form: str, output: Path | None) -> None:
 
 _STATUS = {
     "cell": """select model, dataset, layers, coalesce(cast(pruning_ratio as varchar),
-                      array_to_string(ratios, '+')) as ratio, pruner, propagation, tasks, done, failed,
-                      pending from cells where sweep = {sweep} order by position""",
+                      array_to_string(ratios, '+')) as ratio, pruner, propagation, precision, tasks,
+                      done, failed, pending, cell_id from cells where sweep = {sweep} order by position""",
     "shard": """select shard, count(*) as tasks, count(*) filter (where status = 'done') as done,
                        count(*) filter (where status = 'failed') as failed,
                        count(*) filter (where status = 'pending') as pending
@@ -71,18 +71,14 @@ def status(sweep: str, by: str, store: str, form: str, output: Path | None) -> N
     prunesweep status digits --by shard -f json
     """
     from orchestrator.drivers import drivers
-    from storage.sql import run_query
+    from storage.sql import quoted, run_query
 
     opened = existing_store(store)
     opened.newest(sweep)
-    emit(run_query(opened, _STATUS[by].format(sweep=_quoted(sweep)), warn), form, output)
+    emit(run_query(opened, _STATUS[by].format(sweep=quoted(sweep)), warn), form, output)
     for driver in drivers(opened, sweep):
         where = f"on {driver['host']}, process {driver['pid']}, since {driver['started_at']} UTC"
         click.echo(f"a driver noted that it is at work {where}", err=True)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 @click.command()
@@ -178,13 +174,15 @@ def plot(sweep: str, x: str, y: str, where: str | None, store: str, output: Path
     from storage.correlate import cell_data
     from storage.errors import QueryError
     from storage.figures import FILES, scatter
+    from storage.statistics import correlation
 
     path = output or Path(f"{sweep}.png")
     if path.suffix not in FILES:
         raise click.UsageError(f"{path}: allowed are {', '.join(FILES)}")
-    cells = [c for c in cell_data(existing_store(store), sweep, (x, y), where, warn) if len(c.candidate) > 1]
+    found = cell_data(existing_store(store), sweep, (x, y), where, warn)
+    cells = [c for c in found if correlation(c.columns[x], c.columns[y]).n > 1]
     if not cells:
-        raise QueryError(f"sweep {sweep} has no cell with two finished candidates yet")
+        raise QueryError(f"sweep {sweep} has no cell with two finished candidates that have {x} and {y}")
     write_file(path, lambda: scatter(cells, x, y, path))
     click.echo(str(path))
     where_store = "" if store == "results" else f" --store {shlex.quote(store)}"

@@ -17,6 +17,7 @@ from orchestrator.options import (
     existing_store,
     inline_option,
     output_options,
+    read_spec,
     run_address_option,
     set_option,
     store_option,
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
     from orchestrator.documents import Document
     from orchestrator.run import Options, Outcome
     from storage.store import Store
-
-
-def _document(spec: str, overrides: tuple[str, ...]) -> Document:
-    from orchestrator.documents import open_document
-
-    document = open_document(spec)
-    for assignment in overrides:
-        document.override(assignment)
-    return document
 
 
 def _options(ctx: click.Context, data_root: str, address: str | None, inline: bool) -> Options:
@@ -75,12 +67,13 @@ def run(
     from orchestrator.run import run_spec
     from storage.store import Store
 
-    document = _document(spec, overrides)
+    document = read_spec(spec, overrides)
     opened = Store(store)
     name = str(document.data.get("name", spec))
     options = _options(ctx, data_root, address, inline)
-    outcome = _or_say_how_to_resume(name, store, data_root, lambda: run_spec(opened, document, options))
-    _close(ctx, opened, outcome, form, output)
+    again = _resume_command(name, store, data_root, address, inline)
+    outcome = _or_say_how_to_resume(again, lambda: run_spec(opened, document, options))
+    _close(ctx, opened, outcome, again, form, output)
 
 
 @click.command()
@@ -120,39 +113,44 @@ def resume(
     manifest = opened.newest(sweep)
     only = _chosen(opened, sweep, failed, where, shard)
     options = _options(ctx, data_root, address, inline)
-    outcome = _or_say_how_to_resume(sweep, store, data_root, lambda: run_sweep(opened, manifest, options, only))
-    _close(ctx, opened, outcome, form, output)
+    again = _resume_command(sweep, store, data_root, address, inline)
+    outcome = _or_say_how_to_resume(again, lambda: run_sweep(opened, manifest, options, only))
+    _close(ctx, opened, outcome, again, form, output)
 
 
 def _chosen(store: Store, sweep: str, failed: bool, where: str | None, shard: str | None) -> frozenset[str] | None:
     """The task ids that --failed, --where and --shard leave; None when all are wanted."""
+    from storage.sql import quoted
+
     conditions = [f"({where})"] if where else []
     conditions += ["status = 'failed'"] if failed else []
-    conditions += [f"shard = {_quoted(shard)}"] if shard else []
+    conditions += [f"shard = {quoted(shard)}"] if shard else []
     if not conditions:
         return None
-    query = f"select task_id from tasks where sweep = {_quoted(sweep)} and {' and '.join(conditions)}"
+    query = f"select task_id from tasks where sweep = {quoted(sweep)} and {' and '.join(conditions)}"
     found = frozenset(row[0] for row in store.sql(query).fetchall())
     if shard and not found:
         raise UserError(f"sweep {sweep} has no such task in a shard {shard}; `prunesweep status {sweep} --by shard`")
     return found
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _or_say_how_to_resume(sweep: str, store: str, data_root: str, work: Callable[[], Outcome]) -> Outcome:
+def _or_say_how_to_resume(command: str, work: Callable[[], Outcome]) -> Outcome:
     """`work`; when it is interrupted, what to type to go on."""
     try:
         return work()
     except KeyboardInterrupt:
-        command = shlex.join(["prunesweep", "resume", sweep, "--store", store, "--data-root", data_root])
         click.echo(f"\ninterrupted: what was committed stays. Go on with\n  {command}", err=True)
         raise
 
 
-def _close(ctx: click.Context, store: Store, outcome: Outcome, form: str, output: Any) -> None:
+def _resume_command(sweep: str, store: str, data_root: str, address: str | None, inline: bool) -> str:
+    """What a person types to go on as they began."""
+    words = ["prunesweep", "resume", sweep, "--store", store, "--data-root", data_root]
+    words += ["--inline"] if inline else ["--address", address] if address else []
+    return shlex.join(words)
+
+
+def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form: str, output: Any) -> None:
     """Print the table, then what went wrong; exit 3 if anything did."""
     from orchestrator.cli import FAILED_TASKS
     from orchestrator.cli_read import BEST_NOTE, correlations
@@ -166,11 +164,12 @@ def _close(ctx: click.Context, store: Store, outcome: Outcome, form: str, output
         click.echo(f"{outcome.sweep}: all {outcome.done} tasks done", err=True)
         return
     click.echo(
-        f"{outcome.sweep}: {outcome.done} tasks done, {outcome.failed} failed, {outcome.pending} pending. See\n"
-        f'  prunesweep query "select * from failures" --store {shlex.quote(store.location)}\n'
-        f"  prunesweep resume {outcome.sweep} --store {shlex.quote(store.location)}",
-        err=True,
+        f"{outcome.sweep}: {outcome.done} tasks done, {outcome.failed} failed, {outcome.pending} pending", err=True
     )
+    if outcome.failed:
+        where = shlex.quote(store.location)
+        click.echo(f'see    prunesweep query "select * from failures" --store {where}', err=True)
+    click.echo(f"go on  {again}", err=True)
     sys.stdout.flush()
     ctx.exit(FAILED_TASKS)
 
@@ -190,12 +189,16 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
     """
     import pyarrow as pa
 
-    from orchestrator.plan import check, estimate, plan_of_spec
+    from orchestrator.plan import check, check_data, estimate, plan_of_spec
     from storage.store import Store
 
-    document = _document(spec, overrides)
-    checked = check(document, absolute(data_root))
+    document = read_spec(spec, overrides)
+    checked = check(document)
     opened = Store(store)
+    try:
+        check_data(checked.grid.dataset, absolute(data_root))
+    except UserError as error:
+        click.echo(f"warning: {error}", err=True)  # the cluster that runs it may have them
     found = plan_of_spec(opened, checked, document)
     lines = _cell_lines(opened, checked, document)
     emit(pa.Table.from_pylist(lines), form, output)

@@ -33,7 +33,7 @@ def connected(options: Options) -> Iterator[None]:
         "runtime_env": {"worker_process_setup_hook": SETUP_HOOK},
     }
     if not options.address:
-        arguments |= {"include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
+        arguments |= {"include_dashboard": False}
     import ray
     from ray.exceptions import RayError
 

@@ -87,9 +87,12 @@ def tasks(spec: SweepSpec, document: Document) -> Iterator[Task]:
 
 
 def check_data_fits(spec: SweepSpec, document: Document) -> None:
-    """Raise UserError where a model's input or the loss subset does not fit a data set."""
+    """Raise UserError where the validation part or the loss subset does not fit a data set."""
     for name in spec.grid.dataset:
         held = int(DATASETS[name].train_size * spec.validation)
+        if spec.validation and not held:
+            where = document.where(("validation",))
+            raise UserError(f"{where}: validation: {spec.validation} holds out nothing of {name}")
         largest = DATASETS[name].train_size - held
         if spec.loss_subset is not None and spec.loss_subset > largest:
             where = document.where(("loss_subset",))
@@ -160,5 +163,6 @@ def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
 
 
 def keeps(retrain: list[Retraining]) -> dict[str, str]:
-    """recipe id -> what to keep of the networks retrained by it."""
-    return {one.recipe().recipe_id: one.keep for one in retrain}
+    """recipe id -> what to keep of the networks retrained by it; of two entries, what keeps something."""
+    kept = {one.recipe().recipe_id: one.keep for one in retrain if one.keep != "none"}
+    return {one.recipe().recipe_id: "none" for one in retrain} | kept

@@ -31,6 +31,8 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
 
             client = JobSubmissionClient(address)
         yield client
+    except BrokenPipeError:  # our own stdout: `logs | head`
+        raise
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"the Ray job server at {address} does not answer as asked: {first_line(error)}") from error
 

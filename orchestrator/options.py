@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.errors import UserError
 from storage.errors import StoreError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from orchestrator.documents import Document
     from storage.store import Problem, Store
 
 FORMATS = ("table", "json", "jsonl", "csv", "markdown", "latex", "parquet")
@@ -46,6 +48,16 @@ run_address_option = click.option(
 where_option = click.option("--where", metavar="SQL", help="Only candidates for which this holds.")
 
 
+def read_spec(spec: str, overrides: tuple[str, ...]) -> Document:
+    """The document of a spec or a study with its --set overrides on it. Raises UserError."""
+    from orchestrator.documents import open_document
+
+    document = open_document(spec)
+    for assignment in overrides:
+        document.override(assignment)
+    return document
+
+
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """-f and -o, checked before the command runs: after it would be late."""
 
@@ -66,7 +78,10 @@ def emit(table: pa.Table, form: str, output: Path | None) -> None:
     """Print a table, or write it to a file."""
     from storage.formats import render
 
-    content = render(table, form)
+    try:
+        content = render(table, form)
+    except OverflowError as error:  # DuckDB has dates that Python has not
+        raise UserError(f"a value of the answer cannot be written as {form}: {error}") from error
     if output is None:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()

@@ -58,16 +58,20 @@ def pack(planned: Iterable[PlannedTask], keep: Mapping[str, str]) -> tuple[Shard
     )
 
 
-def check(document: Document, data_root: str) -> SweepSpec:
-    """The spec of a document, checked to the last cell, with its data there. Raises UserError."""
+def check(document: Document) -> SweepSpec:
+    """The spec of a document, checked to the last cell. Raises UserError."""
     spec = load_spec(document)
     for _ in expand.cells(spec, document):
         pass
     expand.check_data_fits(spec, document)
-    for name in spec.grid.dataset:
+    return spec
+
+
+def check_data(datasets: Iterable[str], data_root: str) -> None:
+    """Raise UserError, saying how to get it, where a data set's files are not under `data_root`."""
+    for name in datasets:
         if DATASETS[name].missing(data_root):
             raise UserError(missing_message(name, data_root))
-    return spec
 
 
 def make_plan(store: Store, spec: SweepSpec, tasks: Iterable[PlannedTask], only: frozenset[str] | None = None) -> Plan:

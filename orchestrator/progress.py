@@ -52,13 +52,6 @@ class Progress:
         left = "?" if pace is None else _clock(pace * (self.total - finished))
         return f"{finished}/{self.total} tasks{self._failed()}, {_clock(now - self.started)} elapsed, {left} left"
 
-    def say(self, text: str) -> None:
-        """A message above the bar, or on a line of its own."""
-        if self.bar is None:
-            say(text)
-        else:
-            self.bar.console.print(text, markup=False, highlight=False)
-
     def _failed(self) -> str:
         return f", {self.failed} failed" if self.failed else ""
 

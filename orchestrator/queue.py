@@ -78,7 +78,7 @@ class Queue:
             self.failed(shard_id, "the process that trained it died")
             return
         del self.running[shard_id]
-        if len(shard.tasks) == 1:
+        if shard.shard_id != shard.filed_under:
             self.suspects.append(shard)
             return
         alone = [replace(shard, shard_id=f"{shard.shard_id}.{t.task_id}", tasks=(t,)) for t in shard.tasks]

@@ -12,11 +12,10 @@ from models.registry import MODELS
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
 from pruners.pruners import PRUNERS
+from storage.identity import SWEEP_NAME
 from storage.records import Recipe
 from workers.datasets import DATASETS
 from workers.worker import PRECISIONS
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def _as_list(value: Any) -> Any:
@@ -187,7 +186,7 @@ def load_spec(document: Document) -> SweepSpec:
 
 def _contradiction(spec: SweepSpec) -> tuple[tuple[str, ...], str] | None:
     """What no single key can know."""
-    if not NAME.fullmatch(spec.name):
+    if not SWEEP_NAME.fullmatch(spec.name):
         return ("name",), f"{spec.name!r} is no sweep name; allowed: letters, digits, '.', '_' and '-'"
     patterns = [entry for entry in spec.grid.layers if not isinstance(entry, dict)]
     if patterns and spec.grid.ratio is None:

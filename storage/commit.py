@@ -35,7 +35,7 @@ def commit(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
 
 
 def _commit_local(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -46,6 +46,15 @@ def _commit_local(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """A folder, and those above it that are missing, each durable in its parent."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
 
 
 def _link(temporary: Path, path: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from storage import statistics
 from storage.errors import QueryError
+from storage.records import Cell, titles
 from storage.sql import check_select, connection
 
 if TYPE_CHECKING:
@@ -26,28 +27,15 @@ BESIDE = "last5_test_accuracy_mean"
 class CellData:
     """The candidates of a cell that have every planned seed done, averaged over seeds.
 
-    `columns` holds x, y and what is asked for beside, each [n]; `picked` is the place of the
-    candidate with the lowest x. `planned` candidates were planned.
+    `columns` holds x, y and what is asked for beside, each [n]. `planned` candidates were planned.
     """
 
     cell_id: str
-    label: dict[str, Any]
+    title: str
     candidate: list[int]
     columns: dict[str, list[float | None]]
     planned: int
     seeds: int
-
-    @property
-    def title(self) -> str:
-        """`lenet5_mini digits conv1 0.2 oracle`, as Cell says it."""
-        ratio = self.label["pruning_ratio"]
-        ratios = [ratio] if ratio is not None else self.label["ratios"]
-        extra = [self.label[key] for key, usual in _USUAL.items() if self.label[key] != usual]
-        words = [self.label["model"], self.label["dataset"], "+".join(self.label["layers"])]
-        return " ".join([*words, "+".join(map(repr, ratios)), self.label["pruner"], *extra])
-
-
-_USUAL = {"granularity": "filter", "propagation": "exact", "precision": "fp32"}
 
 
 def cell_data(
@@ -62,10 +50,8 @@ def cell_data(
     Raises QueryError for an unknown sweep or column, for bad SQL, and for a cell that mixes rows
     pruned from two different dense networks.
     """
+    store.newest(sweep)
     with connection(store, report) as con:
-        known = [row[0] for row in con.sql("select sweep from sweeps order by sweep").fetchall()]
-        if sweep not in known:
-            raise QueryError(f"no sweep {sweep} in {store.location}; there are: {', '.join(known) or 'none'}")
         _check_columns(con, columns)
         query = f"select * from candidates where ({where or 'true'})"
         check_select(con, query)
@@ -76,16 +62,13 @@ def cell_data(
             raise QueryError(f"--where: {error}" if where else str(error)) from error
     for line in lines:
         _refuse_mixed(line)
-    return [_cell(line, columns) for line in lines]
+    named = titles(Cell.from_json(line["recipe"]) for line in lines)
+    return [_cell(line, named[line["cell_id"]], columns) for line in lines]
 
 
 _CELLS = """
 with chosen as (select * from ({query}) where sweep = $sweep)
-select any_value(c.cell_id) as cell_id, any_value(c.model) as model, any_value(c.dataset) as dataset,
-       any_value(c.layers) as layers, any_value(c.ratios) as ratios,
-       any_value(c.pruning_ratio) as pruning_ratio, any_value(c.pruner) as pruner,
-       any_value(c.granularity) as granularity, any_value(c.propagation) as propagation,
-       any_value(c.precision) as precision, any_value(c.candidates) as planned,
+select c.cell_id, any_value(c.recipe) as recipe, any_value(c.candidates) as planned,
        any_value(c.seeds) as seeds,
        list(k order by k.candidate) filter (where k.candidate is not null) as found
 from cells c left join chosen k on k.cell_id = c.cell_id
@@ -119,11 +102,11 @@ def _refuse_mixed(line: dict[str, Any]) -> None:
     raise QueryError(f"{message}. {advice}")
 
 
-def _cell(line: dict[str, Any], columns: tuple[str, ...]) -> CellData:
+def _cell(line: dict[str, Any], title: str, columns: tuple[str, ...]) -> CellData:
     found = line["found"] or []
     return CellData(
         cell_id=line["cell_id"],
-        label=line,
+        title=title,
         candidate=[one["candidate"] for one in found],
         columns={name: [one[name] for one in found] for name in columns},
         planned=line["planned"],
@@ -141,7 +124,8 @@ def _schema(beside: str | None) -> pa.Schema:
     fields = [("cell", text), ("n", pa.int64()), ("planned", pa.int64()), ("seeds", pa.int64())]
     tests = ("tau", "p", "spearman", "spearman_p", "pearson", "pearson_p", "anomaly_ratio")
     fields += [(name, number) for name in tests]
-    return pa.schema(fields + ([(_beside_name(beside), number)] if beside else []))
+    fields += [(_beside_name(beside), number)] if beside else []
+    return pa.schema([*fields, ("cell_id", text)])
 
 
 def _beside_name(column: str) -> str:
@@ -153,6 +137,7 @@ def _line(cell: CellData, x: str, y: str, beside: str | None) -> dict[str, Any]:
     higher = statistics.higher_is_better(y)
     line = {
         "cell": cell.title,
+        "cell_id": cell.cell_id,
         "n": found.n,
         "planned": cell.planned,
         "seeds": cell.seeds,

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 SCHEMA_VERSION = 1
+
+SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""A sweep's name is a folder's name."""
 
 # One table per schema number, never edited once rows exist. A later schema repeats the entries of
 # the one before and adds its own; the field's value then counts only where it differs.

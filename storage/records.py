@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -151,13 +152,14 @@ class Cell:
         extra = [
             value
             for value, default in (
+                (self.pruner_seed, None),
                 (self.granularity, "filter"),
                 (self.propagation, "exact"),
                 (self.precision, "fp32"),
             )
             if value != default
         ]
-        words = [self.dense.model, self.dense.dataset, layers, shown, self.pruner, *extra]
+        words = [self.dense.model, self.dense.dataset, layers, shown, self.pruner, *map(str, extra)]
         return " ".join(words)
 
 
@@ -359,6 +361,8 @@ def utc_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC).replace(tzinfo=None)
 
 
-def cells_of(tasks: Iterable[Task]) -> list[Cell]:
-    """The distinct cells of `tasks`, in the order they first appear."""
-    return list({task.cell.cell_id: task.cell for task in tasks}.values())
+def titles(cells: Iterable[Cell]) -> dict[str, str]:
+    """cell id -> what to call it among these: its words, and its id where the words do not tell it apart."""
+    named = {cell.cell_id: str(cell) for cell in cells}
+    often = Counter(named.values())
+    return {i: f"{words} [{i[:6]}]" if often[words] > 1 else words for i, words in named.items()}

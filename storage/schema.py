@@ -97,7 +97,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "host": (pa.string(), "on which machine"),
         "seconds_prune": (pa.float64(), "pruning and measuring"),
         "seconds_retrain": (pa.float64(), "retraining and measuring"),
-        "peak_memory_bytes": (pa.int64(), "of the device; of the process on a CPU"),
+        "peak_memory_bytes": (pa.int64(), "of the device; on a CPU of the process, since it started"),
         "versions": (pa.string(), "of Python and the libraries: JSON"),
         "kept_network": (pa.string(), "the retrained network's file in the store, if kept"),
         "started_at": (pa.timestamp("us"), "UTC"),
@@ -108,6 +108,8 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
 SCHEMA = pa.schema([(name, t) for group in COLUMNS.values() for name, (t, _) in group.items()])
 PROVENANCE = frozenset(COLUMNS["provenance"])
 """Columns in which two rows of one task with equal execution may differ."""
+
+STATUSES = ("done", "failed")
 
 REQUIRED = ("task_id", "cell_id", "candidate", "seed", "status")
 """Without these a file is not one of ours."""
@@ -145,13 +147,20 @@ def _row(record: dict[str, Any]) -> Row:
 def conform(table: pa.Table) -> pa.Table:
     """`table` in the pinned schema: columns it lacks are null, columns beyond it are dropped.
 
-    Raises ValueError for a table that is not of ours: a required column missing, or one of our names
-    twice or with values of another type.
+    Raises ValueError for a table that is not of ours: a required column missing or with nulls, an unknown
+    status, or one of our names twice or with values of another type.
     """
     missing = [name for name in REQUIRED if name not in table.column_names]
     if missing:
         raise ValueError(f"no column {', '.join(missing)}")
-    return pa.table([_column(table, field) for field in SCHEMA], schema=SCHEMA)
+    conformed = pa.table([_column(table, field) for field in SCHEMA], schema=SCHEMA)
+    empty = [name for name in REQUIRED if conformed[name].null_count]
+    if empty:
+        raise ValueError(f"column {empty[0]} has nulls")
+    unknown = set(conformed["status"].unique().to_pylist()) - set(STATUSES)
+    if unknown:
+        raise ValueError(f"status {unknown.pop()!r} is neither {' nor '.join(STATUSES)}")
+    return conformed
 
 
 def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:

@@ -116,9 +116,18 @@ def run_query(store: Store, query: str, report: Callable[[Problem], None] | None
     with connection(store, report) as con:
         check_select(con, query)
         try:
-            return con.sql(query).to_arrow_table()
+            table = con.sql(query).to_arrow_table()
         except duckdb.Error as error:
             raise QueryError(str(error)) from error
+    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if twice:
+        raise QueryError(f"two columns are named {twice[0]}: give one another name with `as`")
+    return table
+
+
+def quoted(text: str) -> str:
+    """`text` as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def column_names() -> list[str]:

@@ -22,6 +22,7 @@ from pyarrow import fs as pafs
 
 from storage.commit import commit
 from storage.errors import QueryError, StoreError
+from storage.identity import SWEEP_NAME
 from storage.manifest import PLAN_SCHEMA, Manifest, PlannedTask, plan_batches
 from storage.records import Row, utc_now
 from storage.schema import SCHEMA, conform, rows_to_table
@@ -191,6 +192,8 @@ class Store:
 
     def manifest(self, name: str) -> Manifest | None:
         """The newest expansion of a sweep: the sweep."""
+        if not SWEEP_NAME.fullmatch(name):
+            return None
         stems = [
             info.base_name.removesuffix(".parquet")
             for info in self._files(f"sweeps/{name}")

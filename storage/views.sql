@@ -22,6 +22,11 @@ select p.sweep, p.position, p.shard, p.task_id, p.cell_id, p.candidate_id, p.mod
                     recipe, candidate, seed, status)
 from plan p left join rows r on r.task_id = p.task_id;
 
+-- The mean over a candidate's seeds. Null unless every seed has the value: the mean over those that did
+-- not diverge would be of the survivors. Accuracies are rounded to 12 digits: equal sums of fractions
+-- must be equal means, or ties in tau and in the anomaly ratio would be broken by rounding errors.
+create macro over_seeds(x, n) as case when count(x) = n then avg(x) end;
+
 -- Tasks averaged over seeds: mean under the name of what it averages, sample std beside it. Only
 -- candidates with every planned seed done.
 create view candidates as
@@ -35,26 +40,24 @@ select sweep, cell_id, candidate, any_value(candidate_id) as candidate_id,
        count(distinct dense_sha256) as n_dense, min(dense_sha256) as dense_sha256,
        any_value(params) as params, any_value(macs) as macs,
        any_value(achieved_ratio) as achieved_ratio,
-       avg(dense_train_loss) as dense_train_loss, avg(dense_test_loss) as dense_test_loss,
-       avg(dense_test_accuracy) as dense_test_accuracy,
-       avg(pruned_train_loss) as pruned_train_loss,
-       avg(pruned_train_loss_se) as pruned_train_loss_se,
-       avg(pruned_test_loss) as pruned_test_loss,
-       avg(pruned_test_accuracy) as pruned_test_accuracy,
+       over_seeds(dense_train_loss, count(*)) as dense_train_loss,
+       over_seeds(dense_test_loss, count(*)) as dense_test_loss,
+       round(over_seeds(dense_test_accuracy, count(*)), 12) as dense_test_accuracy,
+       over_seeds(pruned_train_loss, count(*)) as pruned_train_loss,
+       over_seeds(pruned_train_loss_se, count(*)) as pruned_train_loss_se,
+       over_seeds(pruned_test_loss, count(*)) as pruned_test_loss,
+       round(over_seeds(pruned_test_accuracy, count(*)), 12) as pruned_test_accuracy,
        max(equivalence_error) as equivalence_error,
-       avg(best_epoch) as best_epoch,
-       avg(best_test_accuracy) as best_test_accuracy,
-       stddev_samp(best_test_accuracy) as best_test_accuracy_std,
-       avg(best_test_loss) as best_test_loss, stddev_samp(best_test_loss) as best_test_loss_std,
-       avg(last_train_loss) as last_train_loss, stddev_samp(last_train_loss) as last_train_loss_std,
-       avg(last_test_loss) as last_test_loss, stddev_samp(last_test_loss) as last_test_loss_std,
-       avg(last_test_accuracy) as last_test_accuracy,
-       stddev_samp(last_test_accuracy) as last_test_accuracy_std,
-       avg(last5_test_loss_mean) as last5_test_loss_mean,
-       avg(last5_test_accuracy_mean) as last5_test_accuracy_mean,
-       stddev_samp(last5_test_accuracy_mean) as last5_test_accuracy_mean_std,
-       avg(val_best_test_accuracy) as val_best_test_accuracy,
-       avg(val_best_test_loss) as val_best_test_loss,
+       over_seeds(best_epoch, count(*)) as best_epoch, stddev_samp(best_epoch) as best_epoch_std,
+       round(over_seeds(best_test_accuracy, count(*)), 12) as best_test_accuracy, stddev_samp(best_test_accuracy) as best_test_accuracy_std,
+       over_seeds(best_test_loss, count(*)) as best_test_loss, stddev_samp(best_test_loss) as best_test_loss_std,
+       over_seeds(last_train_loss, count(*)) as last_train_loss, stddev_samp(last_train_loss) as last_train_loss_std,
+       over_seeds(last_test_loss, count(*)) as last_test_loss, stddev_samp(last_test_loss) as last_test_loss_std,
+       round(over_seeds(last_test_accuracy, count(*)), 12) as last_test_accuracy, stddev_samp(last_test_accuracy) as last_test_accuracy_std,
+       over_seeds(last5_test_loss_mean, count(*)) as last5_test_loss_mean, stddev_samp(last5_test_loss_mean) as last5_test_loss_mean_std,
+       round(over_seeds(last5_test_accuracy_mean, count(*)), 12) as last5_test_accuracy_mean, stddev_samp(last5_test_accuracy_mean) as last5_test_accuracy_mean_std,
+       round(over_seeds(val_best_test_accuracy, count(*)), 12) as val_best_test_accuracy, stddev_samp(val_best_test_accuracy) as val_best_test_accuracy_std,
+       over_seeds(val_best_test_loss, count(*)) as val_best_test_loss, stddev_samp(val_best_test_loss) as val_best_test_loss_std,
        any_value(score_l1) as score_l1, any_value(score_l2) as score_l2,
        count(*) filter (where diverged) as n_diverged
 from tasks group by sweep, cell_id, candidate
@@ -67,6 +70,7 @@ select t.sweep, t.cell_id, any_value(model) as model, any_value(dataset) as data
        any_value(pruning_ratio) as pruning_ratio, any_value(pruner) as pruner,
        any_value(granularity) as granularity, any_value(propagation) as propagation,
        any_value(precision) as precision, any_value(recipe_id) as recipe_id,
+       any_value(recipe) as recipe,
        count(distinct candidate) as candidates, count(distinct seed) as seeds, count(*) as tasks,
        count(*) filter (where status = 'done') as done,
        count(*) filter (where status = 'failed') as failed,

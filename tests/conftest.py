@@ -32,8 +32,8 @@ grid:
   pruner: oracle
   seed: [0, 1]
 candidates: {mode: sample, count: 4, seed: 0}
-dense:   {epochs: 2, batch_size: 128, lr: 0.05, momentum: 0.9}
-retrain: {epochs: 2, batch_size: 128, lr: {0: 0.01, 1: 0.001}, momentum: 0.9}
+dense:   {epochs: 3, batch_size: 32, lr: 0.05, momentum: 0.9}
+retrain: {epochs: 2, batch_size: 64, lr: {0: 0.01, 1: 0.001}, momentum: 0.9}
 resources: {candidates_per_shard: 2, workers: 1}
 """
 

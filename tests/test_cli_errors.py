@@ -82,7 +82,6 @@ IN_AN_EMPTY_FOLDER = [
     ("run digits --set grid.ratio", 2, "write it as key=value"),
     ("submit digits --set grid.model=lenet5_mni", 2, "did you mean lenet5_mini?"),
     ("plan digits --sett x=1", 2, "No such option"),
-    ("plan lenet5-mini-conv1 --data-root nowhere", 2, "prunesweep prefetch mnist --data-root"),
     ("run lenet5-mini-conv1 --data-root nowhere", 2, "prunesweep prefetch mnist --data-root"),
     ("submit digits", 2, "--address http://HOST:8265"),
     ("logs digits", 2, "--address http://HOST:8265"),
@@ -123,11 +122,19 @@ def test_mistakes_in_an_empty_folder(
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["run", "plan"])
-def test_a_store_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_a_store_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A store below a regular file is refused before anything runs, with the store's own exit code."""
     (here / "file").write_text("not a folder")
-    assert f"{here}/file is a file: a store is a folder" in refused(capsys, 5, command, "digits", "--store", "file/x")
+    assert f"{here}/file is a file: a store is a folder" in refused(capsys, 5, "run", "digits", "--store", "file/x")
+
+
+def test_a_plan_needs_no_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cluster's sweep can be planned on a laptop: missing data is a warning, and nothing is written."""
+    assert run("plan", "lenet5-mini-conv1", "--data-root", "nowhere") == 0
+    out, err = capsys.readouterr()
+    assert "lenet5_mini mnist conv1 0.5 oracle" in out
+    assert "warning: the data set mnist is not under" in err and "3006 tasks in 7 cells" in err
+    assert list(here.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["ls", "status made", "corr made", "plot made", "resume made", "stop made"])

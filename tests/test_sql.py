@@ -417,3 +417,31 @@ def test_relations_outlive_later_queries(store: Store) -> None:
     """Each answer stands on its own."""
     first, second = store.sql("select 1 as a"), store.sql("select 2 as a")
     assert (first.fetchall(), second.fetchall()) == ([(1,)], [(2,)])
+
+
+def test_equal_accuracies_are_tied_whatever_the_seeds_add_up_to(tmp_path: Path) -> None:
+    """339 + 349 and 344 + 344 of 360 are the same mean: rounding errors must not break ties."""
+    store = Store(str(tmp_path))
+    counts = {0: (339, 349), 1: (344, 344), 2: (341, 347), 3: (340, 348)}
+    planned = [Task(ORACLE, candidate, seed) for candidate in counts for seed in (0, 1)]
+    plan(store, "ties", planned)
+    values = {task: counts[task.candidate][task.seed] / 360 for task in planned}
+    store.commit_rows("s", [done(task, best_test_accuracy=values[task]) for task in planned])
+    assert len(store.sql("select distinct best_test_accuracy from candidates").fetchall()) == 1
+
+
+def test_a_mean_needs_every_seed(tmp_path: Path) -> None:
+    """A seed that diverged has no last epochs: no mean over the survivors is made up."""
+    store = Store(str(tmp_path))
+    planned = [Task(ORACLE, 0, seed) for seed in (0, 1)]
+    plan(store, "half", planned)
+    last = {0: 0.9, 1: None}
+    store.commit_rows("s", [done(t, last_test_accuracy=last[t.seed], best_test_accuracy=0.5) for t in planned])
+    found = store.sql("select last_test_accuracy, best_test_accuracy, n_seeds from candidates").fetchall()
+    assert found == [(None, 0.5, 2)]
+
+
+def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
+    """JSON and Parquet would lose one of them without a word."""
+    with pytest.raises(QueryError, match="two columns are named a"):
+        run_query(Store(str(tmp_path)), "select 1 as a, 2 as a")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,21 +87,27 @@ def test_same_task_same_row_whatever_ran_before(dense_store: Store) -> None:
     np.random.rand(10)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_default_dtype(torch.float64)
     try:
         second = busy.attempt(TASK)
-        assert torch.get_num_threads() == 2
+        assert (torch.get_num_threads(), torch.get_default_dtype()) == (2, torch.float64)
+        assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("highest")
+        torch.set_default_dtype(torch.float32)
     assert measured(first) == measured(second)
 
 
 def test_seeds_are_crossed_with_candidates() -> None:
     """The minibatches depend on data set, seed and epoch, on nothing else."""
-    one = [batch.tolist() for batch in minibatches(300, 128, "synthetic", 3, 0)]
+    one = [batch.tolist() for batch in minibatches(300, 128, "synthetic", 3, "retrain/0")]
     assert [len(batch) for batch in one] == [128, 128, 44]
     assert sorted(i for batch in one for i in batch) == list(range(300))
-    assert one == [batch.tolist() for batch in minibatches(300, 128, "synthetic", 3, 0)]
-    for other in (("synthetic", 3, 1), ("synthetic", 4, 0), ("digits", 3, 0)):
+    assert one == [batch.tolist() for batch in minibatches(300, 128, "synthetic", 3, "retrain/0")]
+    others = [("synthetic", 3, "retrain/1"), ("synthetic", 4, "retrain/0"), ("digits", 3, "retrain/0")]
+    for other in [*others, ("synthetic", 3, "dense/0")]:
         assert one != [batch.tolist() for batch in minibatches(300, 128, *other)]
 
 
@@ -245,6 +253,19 @@ def test_kept_networks_load_and_achieve_what_the_row_says(dense_store: Store, wo
     found = measure(network, worker.data(DENSE).test, worker.accelerator)
     assert found.accuracy == (row.last_test_accuracy if keep == "last" else row.best_test_accuracy)
     assert sum(p.numel() for p in network.parameters()) == row.params
+
+
+def test_fp16_without_a_gpu_is_refused(tmp_path: Path, dense_store: Store) -> None:
+    """Accelerate would run fp32 under another name; the task fails and says so."""
+    code = (
+        "import sys; from storage.store import Store; from workers.worker import Worker;"
+        f"from tests.test_worker import TASK; row = Worker(Store({dense_store.root!r}), 'none', 'fp16').attempt(TASK);"
+        "print(row.status, row.error_class)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True
+    )
+    assert found.stdout == "failed PrecisionMissing\n"
 
 
 def test_load_network_refuses_another_file(dense_store: Store, worker: Worker) -> None:

@@ -43,7 +43,7 @@ def train_dense(dense: Dense, data: Data, accelerator: Accelerator, memory_forma
 
     recipe = dense.recipe
     model = on_device(initial_model(dense), accelerator, memory_format)
-    epochs = train(model, data, recipe, accelerator, dataset=dense.dataset, seed=recipe.seed or 0)
+    epochs = train(model, data, recipe, accelerator, dataset=dense.dataset, seed=recipe.seed or 0, stream="dense")
     on_train = measure(model, data.train, accelerator)
     if len(epochs) < recipe.epochs or on_train.loss != on_train.loss:
         raise Diverged(f"training {dense.model} on {dense.dataset} diverged in epoch {len(epochs)}")
@@ -76,7 +76,9 @@ def portable(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def metadata(content: bytes) -> dict[str, object]:
-    """What one of our safetensors files says about itself."""
+    """What one of our safetensors files says about itself. Raises ValueError for any other file."""
     length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    return json.loads(header["__metadata__"][METADATA])
+    try:
+        return json.loads(json.loads(content[8 : 8 + length])["__metadata__"][METADATA])
+    except (KeyError, ValueError) as error:
+        raise ValueError("not a file that prunesweep wrote") from error

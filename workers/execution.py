@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from storage.identity import digest
 from storage.records import Execution
@@ -39,10 +39,14 @@ def device_model(device: torch.device) -> str:
 
 
 def _processor() -> str:
+    """The processor's name; on Linux with its family and model, since clouds give one name to several."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    text = info.read_text().split("\n\n")[0] if info.exists() else ""
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    said = {key.strip(): value.strip() for key, value in pairs}
+    if "model name" not in said:
+        return platform.processor() or platform.machine()
+    return f"{said['model name']} family {said.get('cpu family', '?')} model {said.get('model', '?')}"
 
 
 def choose_execution(store: Store, shape: tuple[object, ...], device: torch.device) -> Execution:
@@ -59,20 +63,27 @@ def choose_execution(store: Store, shape: tuple[object, ...], device: torch.devi
 
 @contextmanager
 def arithmetic(execution: Execution) -> Iterator[None]:
-    """Threads and deterministic kernels as `execution` says; what was set before is restored."""
+    """Threads and deterministic kernels as `execution` says, full float32 products and no TF32, whatever
+    was set before; that is restored."""
     import torch
 
-    threads = torch.get_num_threads()
+    default = torch.get_default_dtype()
+    cudnn: Any = torch.backends.cudnn
+    threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    benchmark = torch.backends.cudnn.benchmark
+    benchmark, tf32 = cudnn.benchmark, cudnn.allow_tf32
     # cuBLAS is deterministic only with a fixed workspace, set before its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(execution.threads)
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    cudnn.benchmark, cudnn.allow_tf32 = False, False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(default)
+        torch.set_float32_matmul_precision(products)
         torch.use_deterministic_algorithms(deterministic)
-        torch.backends.cudnn.benchmark = benchmark
+        cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32

@@ -37,7 +37,8 @@ def network_file(
 def load_network(path: str | os.PathLike[str]) -> nn.Module:
     """The pruned, retrained network of a file under `networks/`, on the CPU, in eval mode.
 
-    Rows name it in `kept_network`. Raises FileNotFoundError, or ValueError for another kind of file.
+    Rows name it in `kept_network`; for a store that is no folder, copy the file first. Raises
+    FileNotFoundError, or ValueError for another kind of file.
     """
     import torch
     from safetensors.torch import load
@@ -52,6 +53,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     name, removed = str(about["model"]), about["removed"]
     assert isinstance(removed, dict) and isinstance(about["classes"], int)
     example = torch.zeros(1, *input_shape(name))
-    model = prune(build_model(name, about["classes"]), removed, example)
+    with torch.random.fork_rng():
+        model = prune(build_model(name, about["classes"]), removed, example)
     model.load_state_dict(load(content))
     return model.eval()

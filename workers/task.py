@@ -155,6 +155,7 @@ def retrain_and_measure(task: Task, before: Pruned, worker: Worker, keep: str) -
         worker.accelerator,
         dataset=cell.dense.dataset,
         seed=task.seed,
+        stream="retrain",
         on_epoch=kept.see,
     )
     columns = curves(epochs, cell.retrain.epochs) | outcome(epochs, cell.retrain.epochs)
@@ -196,7 +197,10 @@ def curves(epochs: Sequence[Epoch], planned: int) -> dict[str, Any]:
             *(e.test.accuracy if math.isfinite(e.test.loss) else None for e in epochs),
             *rest,
         ),
-        "epoch_val_accuracy": (*(e.validation.accuracy if e.validation else None for e in epochs), *rest)
+        "epoch_val_accuracy": (
+            *(e.validation.accuracy if e.validation and math.isfinite(e.test.loss) else None for e in epochs),
+            *rest,
+        )
         if has_validation
         else None,
     }

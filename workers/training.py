@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,9 +74,9 @@ def optimizer_of(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-def minibatches(n: int, batch_size: int, dataset: str, seed: int, epoch: int) -> Iterator[torch.Tensor]:
+def minibatches(n: int, batch_size: int, dataset: str, seed: int, stream: str) -> Iterator[torch.Tensor]:
     """Sample indices of each minibatch of an epoch: the same for every candidate of a data set."""
-    order = torch.randperm(n, generator=generator(dataset, seed, f"order/{epoch}"))
+    order = torch.randperm(n, generator=generator(dataset, seed, f"order/{stream}"))
     yield from order.split(batch_size)
 
 
@@ -88,18 +88,23 @@ def train(
     *,
     dataset: str,
     seed: int,
+    stream: str,
     on_epoch: Callable[[Epoch], None] = lambda _: None,
 ) -> list[Epoch]:
     """Train `model` in place and return its epochs; they end early where the loss left the finite.
 
-    The last one then has a train loss that is not finite.
+    `stream` names the minibatches: those of dense training are not those of any retraining.
     """
     net, optimizer = _prepared(model, optimizer_of(model, recipe), accelerator)
+    if accelerator.scaler is not None:
+        # One scaler per process: without this the last task's scale would be this one's.
+        accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
     epochs: list[Epoch] = []
     for done in range(recipe.epochs):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(done)
-        train_loss = _epoch(net, optimizer, data.train, recipe, accelerator, dataset, seed, done)
+        batches = minibatches(len(data.train), recipe.batch_size, dataset, seed, f"{stream}/{done}")
+        train_loss = _epoch(net, optimizer, data.train, batches, accelerator)
         test = measure(net, data.test, accelerator)
         validation = measure(net, data.validation, accelerator) if len(data.validation) else None
         epochs.append(Epoch(done + 1, train_loss, test, validation))
@@ -128,16 +133,13 @@ def _epoch(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     train_split: Split,
-    recipe: Recipe,
+    batches: Iterable[torch.Tensor],
     accelerator: Accelerator,
-    dataset: str,
-    seed: int,
-    epoch: int,
 ) -> float:
     """One pass over the train set; the mean of the minibatch losses."""
     net.train()
     losses: list[torch.Tensor] = []
-    for indices in minibatches(len(train_split), recipe.batch_size, dataset, seed, epoch):
+    for indices in batches:
         batch = train_split.at(indices.to(train_split.labels.device))
         with accelerator.autocast():
             loss = F.cross_entropy(net(batch.images), batch.labels)

@@ -27,6 +27,10 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Our names of a precision -> Accelerate's."""
 
 
+class PrecisionMissing(Exception):
+    """This device does not have the precision."""
+
+
 class DenseMissing(Exception):
     """The dense weights a task starts from are not in the store."""
 
@@ -56,7 +60,11 @@ class Worker:
         """Accelerate's view of this process: device and precision. A process has one precision."""
         from accelerate import Accelerator
 
-        return Accelerator(mixed_precision=PRECISIONS[self.precision], cpu=self.cpu)
+        accelerator = Accelerator(mixed_precision=PRECISIONS[self.precision], cpu=self.cpu)
+        if self.precision == "fp16" and accelerator.device.type == "cpu":
+            # Accelerate would go on in fp32 without a word.
+            raise PrecisionMissing("fp16 needs a GPU; on a CPU there are fp32 and bf16")
+        return accelerator
 
     def run_shard(self, shard: Shard) -> Iterator[Row]:
         """Run what the store does not have yet of a shard; each row is durable when it is yielded.
