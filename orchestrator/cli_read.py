@@ -134,9 +134,14 @@ def corr(sweep: str, x: str, y: str, where: str | None, store: str, form: str, o
     prunesweep corr digits --y best_test_loss
     prunesweep corr digits --x score_l1 -f latex
     """
-    emit(correlations(existing_store(store), sweep, x, y, where), form, output)
+    emit_correlations(correlations(existing_store(store), sweep, x, y, where), form, output)
     if y.startswith("best_"):
         click.echo(BEST_NOTE, err=True)
+
+
+def emit_correlations(table: pa.Table, form: str, output: Path | None) -> None:
+    """Print the table of `corr`; for people without the cells' ids, which make it too wide."""
+    emit(table.drop_columns("cell_id") if form in ("table", "markdown", "latex") else table, form, output)
 
 
 def correlations(

@@ -153,10 +153,10 @@ def _resume_command(sweep: str, store: str, data_root: str, address: str | None,
 def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form: str, output: Any) -> None:
     """Print the table, then what went wrong; exit 3 if anything did."""
     from orchestrator.cli import FAILED_TASKS
-    from orchestrator.cli_read import BEST_NOTE, correlations
+    from orchestrator.cli_read import BEST_NOTE, correlations, emit_correlations
 
     if outcome.done:
-        emit(correlations(store, outcome.sweep), form, output)
+        emit_correlations(correlations(store, outcome.sweep), form, output)
         click.echo(BEST_NOTE, err=True)
     for problem in outcome.problems:
         click.echo(f"problem: {problem}", err=True)
@@ -190,6 +190,7 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
     import pyarrow as pa
 
     from orchestrator.plan import check, check_data, estimate, plan_of_spec
+    from orchestrator.progress import some
     from storage.store import Store
 
     document = read_spec(spec, overrides)
@@ -211,9 +212,9 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
             else (f"{known}, and {cost.unknown} tasks of unknown cost")
         )
     click.echo(
-        f"{checked.name}: {found.total} tasks in {found.cells} cells: {found.statuses['done']} done, "
+        f"{checked.name}: {some(found.total, 'task')} in {some(found.cells, 'cell')}: {found.statuses['done']} done, "
         f"{found.statuses['failed']} failed, {found.statuses['pending']} new; "
-        f"{len(found.shards)} shards and {len(found.denses)} dense models to run; cost: "
+        f"{some(len(found.shards), 'shard')} and {some(len(found.denses), 'dense model')} to run; cost: "
         f"{known if found.unfinished else 'nothing'}",
         err=True,
     )

@@ -61,6 +61,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def some(n: int, thing: str) -> str:
+    """`1 task`, `2 tasks`."""
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -15,7 +15,7 @@ from orchestrator.documents import Document
 from orchestrator.drivers import sign_of_life
 from orchestrator.expand import keeps
 from orchestrator.plan import Plan, check, check_data, plan_of_sweep, planned
-from orchestrator.progress import Progress, progress, say
+from orchestrator.progress import Progress, progress, say, some
 from orchestrator.queue import Queue
 from storage.records import row_for, utc_now
 from storage.sql import quoted
@@ -86,11 +86,10 @@ def opening(sweep: str, plan: Plan, store: Store) -> str:
         return f"{sweep}: all {plan.total} tasks are done; nothing to run"
     if not plan.unfinished:
         return f"{sweep}: {done} of {plan.total} tasks are done; none of the others was asked for; nothing to run"
-    dense = f", {len(plan.denses)} dense model to train first" if len(plan.denses) == 1 else ""
-    dense = f", {len(plan.denses)} dense models to train first" if len(plan.denses) > 1 else dense
+    dense = f", {some(len(plan.denses), 'dense model')} to train first" if plan.denses else ""
     return (
-        f"{sweep}: {plan.total} tasks in {plan.cells} cells, {done} done, {plan.unfinished} to run "
-        f"in {len(plan.shards)} shards{dense}; store {store.location}"
+        f"{sweep}: {some(plan.total, 'task')} in {some(plan.cells, 'cell')}, {done} done, {plan.unfinished} to run "
+        f"in {some(len(plan.shards), 'shard')}{dense}; store {store.location}"
     )
 
 

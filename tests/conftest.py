@@ -93,6 +93,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ray")), *arguments],
             cwd=log.parent,
+            # As on a node where the environment was activated: a job's entrypoint runs its `python`.
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -274,7 +274,7 @@ def test_plan_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         "cell,candidates,seeds,tasks,done,failed,new",
         "lenet5_mini digits conv1 0.2 oracle,45,2,90,0,0,90",
     ]
-    assert "digits: 90 tasks in 1 cells: 0 done, 0 failed, 90 new" in err
+    assert "digits: 90 tasks in 1 cell: 0 done, 0 failed, 90 new" in err
     assert list(here.iterdir()) == []
 
 
