@@ -13,7 +13,7 @@ import pytest
 from orchestrator.cli import main
 from tests.conftest import TINY, command
 
-SLOWER = TINY.replace("epochs: 2, batch_size: 64", "epochs: 20, batch_size: 64")
+SLOWER = TINY.replace("epochs: 2, batch_size: 64", "epochs: 30, batch_size: 64")
 
 
 def start_and_wait_for_rows(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -38,6 +38,13 @@ def row_files(folder: Path) -> dict[str, bytes]:
     """Name -> content of the row files."""
     rows = folder / "results" / "rows"
     return {p.name: p.read_bytes() for p in rows.glob("*.parquet")} if rows.is_dir() else {}
+
+
+def wait_until_quiet(folder: Path) -> None:
+    """Until no row has come for three seconds."""
+    before = -1
+    while before != (before := len(row_files(folder))):
+        time.sleep(3)
 
 
 def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -83,7 +90,7 @@ def test_killed_driver(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = start_and_wait_for_rows(here)
     process.kill()
     process.communicate(timeout=60)
-    time.sleep(2)  # its workers end with it; one may be committing
+    wait_until_quiet(here)  # its workers end with it; one may be committing
     code, _, err = in_process(capsys, "status", "tiny", "-f", "csv")
     assert code == 0 and "at work" not in err
     finish(here, capsys)
