@@ -11,11 +11,11 @@ install: $(STAMP)
 # uv where it is on PATH, else uv installed into the venv. The lock carries versions and hashes.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("prunesweep needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@uv="$$(command -v uv || true)"; \
-	if [ -z "$$uv" ]; then $(BIN)/python -m pip install --quiet uv && uv="$(BIN)/uv"; fi; \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@set -e; uv="$$(command -v uv || true)"; \
+	if [ -z "$$uv" ]; then $(BIN)/python -m pip install --quiet uv; uv="$(BIN)/uv"; fi; \
 	echo "installing the pinned dependencies (about 6 GB, torch with its GPU libraries)"; \
-	"$$uv" pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock && \
+	"$$uv" pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; \
 	"$$uv" pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 

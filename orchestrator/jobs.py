@@ -6,9 +6,10 @@ import contextlib
 import secrets
 import shlex
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster import environment, first_line
 from orchestrator.errors import ClusterError, UserError
@@ -16,6 +17,9 @@ from storage.records import utc_now
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
+
+AGENT_SECONDS = 90.0
+"""How long `submit` waits for a cluster's job agent to come up."""
 
 SWEEP = "prunesweep_sweep"
 """The job metadata under which a sweep's name is kept."""
@@ -47,12 +51,25 @@ def submit_job(address: str, sweep: str, spec: str, store: str, data_root: str) 
         Path(folder, "spec.yaml").write_text(spec, encoding="utf-8")
         command = ["python", "-m", "prunesweep", "run", "spec.yaml", "--address", "auto"]
         command += ["--store", store, "--data-root", data_root]
-        return client.submit_job(
-            entrypoint=shlex.join(command),
-            submission_id=submission_id,
-            runtime_env={"working_dir": folder},
-            metadata={SWEEP: sweep, "store": store},
-        )
+        job = {
+            "entrypoint": shlex.join(command),
+            "submission_id": submission_id,
+            "runtime_env": {"working_dir": folder},
+            "metadata": {SWEEP: sweep, "store": store},
+        }
+        return _submit(client, job)
+
+
+def _submit(client: JobSubmissionClient, job: dict[str, Any]) -> str:
+    """Submit a job; a cluster that has just started may take a while until it takes any."""
+    give_up = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > give_up:
+                raise
+            time.sleep(1)
 
 
 def find_job(client: JobSubmissionClient, name: str) -> JobDetails:

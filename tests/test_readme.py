@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text()
 
 def blocks(language: str) -> list[str]:
     """The fenced code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for kind, text in found if kind == language]
 
 
 def test_commands(tmp_path: Path, prunesweep: Prunesweep) -> None:
@@ -47,7 +48,7 @@ def test_commands(tmp_path: Path, prunesweep: Prunesweep) -> None:
 
 def test_tree() -> None:
     """The tree names every top-level package and file of code, and nothing that is not there."""
-    (tree,) = [block for block in re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if "tests/" in block]
+    (tree,) = blocks("")
     named = [line.split()[0] for line in tree.splitlines()]
     assert all((ROOT / name).exists() for name in named)
     packages = {f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")}
