@@ -87,6 +87,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     port, dashboard = free_port(), free_port()
     arguments = ["start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     arguments += [f"--port={port}", "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+    # Of its own, as other Ray heads may run here: embedded ones take the default.
+    arguments += [f"--dashboard-agent-listen-port={free_port()}"]
     arguments += [f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/ps-{os.getpid()}"]
     log = tmp_path_factory.mktemp("ray") / "head.log"
     with log.open("w") as out:
