@@ -19,7 +19,8 @@ os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "MPL
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PRUNESWEEP_STORE"):
     os.environ.pop(name, None)
 
-DATA_ROOT = os.environ.pop("PRUNESWEEP_DATA_ROOT", "")
+# Under another name, which test processes inherit and the commands under test do not look at.
+DATA_ROOT = os.environ.setdefault("PRUNESWEEP_TEST_DATA", os.environ.pop("PRUNESWEEP_DATA_ROOT", ""))
 """Real data, where it is at hand."""
 
 TINY = """\
