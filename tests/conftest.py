@@ -64,7 +64,7 @@ def prunesweep(tmp_path: Path) -> Prunesweep:
 
     def run(*arguments: str, cwd: Path = tmp_path, **env: str) -> subprocess.CompletedProcess[str]:
         given = [command(), *arguments]
-        return subprocess.run(given, cwd=cwd, capture_output=True, text=True, timeout=240, env=os.environ | env)
+        return subprocess.run(given, cwd=cwd, capture_output=True, text=True, timeout=280, env=os.environ | env)
 
     return run
 
@@ -118,7 +118,7 @@ def _wait_for_job_server(jobs: str, process: subprocess.Popen[bytes], log: Path)
     import urllib.error
     import urllib.request
 
-    for _ in range(240):
+    for _ in range(480):
         if process.poll() is not None:
             break
         try:

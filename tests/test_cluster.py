@@ -66,7 +66,7 @@ def test_stop_a_submitted_sweep(cluster: Cluster, beside_models: Path, pruneswee
     submitted = prunesweep("submit", "tiny.yaml", "--address", cluster.jobs, "--no-wait", cwd=beside_models)
     assert submitted.returncode == 0, submitted.stderr
     store = Store(beside_models / "results")
-    for _ in range(600):
+    for _ in range(1800):
         if store.exists() and len(store.row_files()[0]) >= 1:
             break
         time.sleep(0.1)

@@ -27,7 +27,7 @@ def start_and_wait_for_rows(folder: Path, *arguments: str) -> subprocess.Popen[s
         text=True,
         env=os.environ,
     )
-    for _ in range(1200):
+    for _ in range(3600):
         if row_files(folder) or process.poll() is not None:
             break
         time.sleep(0.05)
@@ -78,7 +78,7 @@ def test_ctrl_c(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ctrl-C of a run on embedded Ray: exit 130, the command that resumes, no traceback."""
     process = start_and_wait_for_rows(here)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
     assert "prunesweep resume tiny --store results" in err
@@ -89,7 +89,7 @@ def test_killed_driver(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL of the driver, Ray and all: the store is whole, and a fresh driver goes on."""
     process = start_and_wait_for_rows(here)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     wait_until_quiet(here)  # its workers end with it; one may be committing
     code, _, err = in_process(capsys, "status", "tiny", "-f", "csv")
     assert code == 0 and "at work" not in err
@@ -101,7 +101,7 @@ def test_stop_ends_a_run_of_this_machine(here: Path, capsys: pytest.CaptureFixtu
     process = start_and_wait_for_rows(here, "--inline")
     assert "at work on" in in_process(capsys, "status", "tiny")[2]
     assert in_process(capsys, "stop", "tiny")[0] == 0
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert in_process(capsys, "stop", "tiny")[0] == 2
     finish(here, capsys)

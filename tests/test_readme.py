@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Prunesweep
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +22,7 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in found if kind == language]
 
 
+@pytest.mark.timeout(900)
 def test_commands(tmp_path: Path, prunesweep: Prunesweep) -> None:
     """After a (shortened) demo, every command of the tour does what it says and exits 0."""
     short = ["--set", "dense.epochs=1", "--set", "retrain.epochs=1", "--set", "candidates={mode: sample, count: 6}"]
