@@ -49,7 +49,8 @@ def submit_job(address: str, sweep: str, spec: str, store: str, data_root: str) 
     submission_id = f"{sweep}-{utc_now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     with tempfile.TemporaryDirectory() as folder, job_server(address) as client:
         Path(folder, "spec.yaml").write_text(spec, encoding="utf-8")
-        command = ["python", "-m", "prunesweep", "run", "spec.yaml", "--address", "auto"]
+        # No --address: Ray tells a job its cluster in RAY_ADDRESS, where `auto` might find another one.
+        command = ["python", "-m", "prunesweep", "run", "spec.yaml"]
         command += ["--store", store, "--data-root", data_root]
         job = {
             "entrypoint": shlex.join(command),
