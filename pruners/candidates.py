@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, pairwise
 
 MAX_ALL = 10**6
@@ -36,9 +37,9 @@ class Space:
         """The space of layers with `units` units pruned by `ratios`."""
         return Space(tuple((n, n_removed(n, r)) for n, r in zip(units, ratios, strict=True)))
 
-    @property
+    @cached_property
     def size(self) -> int:
-        """How many candidates there are."""
+        """How many candidates there are; asked for at every draw, and a product of large numbers."""
         return math.prod(math.comb(n, k) for n, k in self.layers)
 
     def unrank(self, rank: int) -> Removal:

@@ -18,8 +18,6 @@ from torch import nn
 if TYPE_CHECKING:
     from types import ModuleType
 
-PROPAGATIONS = ("exact", "released")
-
 Units = Mapping[str, Sequence[int]]
 """Layer name -> the units removed from it."""
 

@@ -17,7 +17,7 @@ from storage.records import Removed, Row
 _REMOVED = pa.list_(pa.struct([("layer", pa.string()), ("units", pa.list_(pa.int32()))]))
 _CURVE = pa.list_(pa.float32())
 
-# group -> column -> (type, meaning). Printed by docs and `describe rows`; pinned by a golden test.
+# group -> column -> (type, meaning); pinned by a golden test.
 COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
     "identity": {
         "task_id": (pa.string(), "cell x candidate x seed"),

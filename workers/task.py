@@ -39,7 +39,7 @@ class NotEquivalent(Exception):
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned network on the CPU, which units it lost, and what was measured so far."""
+    """A pruned network, which units it lost, and what was measured so far."""
 
     network: nn.Module
     removed: dict[str, tuple[int, ...]]
