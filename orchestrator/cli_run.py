@@ -24,7 +24,7 @@ from orchestrator.options import (
 )
 
 if TYPE_CHECKING:
-    from orchestrator.documents import Document
+    from orchestrator.plan import Plan
     from orchestrator.run import Options, Outcome
     from storage.store import Store
 
@@ -201,8 +201,7 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
     except UserError as error:
         click.echo(f"warning: {error}", err=True)  # the cluster that runs it may have them
     found = plan_of_spec(opened, checked, document)
-    lines = _cell_lines(opened, checked, document)
-    emit(pa.Table.from_pylist(lines), form, output)
+    emit(pa.Table.from_pylist(_cell_lines(found)), form, output)
     cost = estimate(opened, found)
     known = f"about {_duration(cost.worker_seconds)} of one worker"
     if cost.unknown:
@@ -212,36 +211,32 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
             else (f"{known}, and {cost.unknown} tasks of unknown cost")
         )
     click.echo(
-        f"{checked.name}: {some(found.total, 'task')} in {some(found.cells, 'cell')}: {found.statuses['done']} done, "
-        f"{found.statuses['failed']} failed, {found.statuses['pending']} new; "
+        f"{checked.name}: {some(found.total, 'task')} in {some(len(found.cells), 'cell')}: "
+        f"{found.statuses['done']} done, {found.statuses['failed']} failed, {found.statuses['pending']} new; "
         f"{some(len(found.shards), 'shard')} and {some(len(found.denses), 'dense model')} to run; cost: "
         f"{known if found.unfinished else 'nothing'}",
         err=True,
     )
 
 
-def _cell_lines(store: Store, spec: Any, document: Document) -> list[dict[str, object]]:
+def _cell_lines(plan: Plan) -> list[dict[str, object]]:
     """One line per cell: what it has and how much of it is done."""
-    from orchestrator.expand import candidate_count, cells
-    from storage.records import Task
+    from storage.records import titles
 
-    statuses = store.statuses()
-    lines: list[dict[str, object]] = []
-    for cell in cells(spec, document):
-        n = candidate_count(cell, spec.candidates.count)
-        found = [statuses.get(Task(cell, k, s).task_id) for k in range(n) for s in spec.grid.seed]
-        lines.append(
-            {
-                "cell": str(cell),
-                "candidates": n,
-                "seeds": len(spec.grid.seed),
-                "tasks": len(found),
-                "done": found.count("done"),
-                "failed": found.count("failed"),
-                "new": found.count(None),
-            }
-        )
-    return lines
+    named = titles(one.cell for one in plan.cells)
+    seeds = len(plan.spec.grid.seed)
+    return [
+        {
+            "cell": named[one.cell.cell_id],
+            "candidates": one.statuses.total() // seeds,
+            "seeds": seeds,
+            "tasks": one.statuses.total(),
+            "done": one.statuses["done"],
+            "failed": one.statuses["failed"],
+            "new": one.statuses["pending"],
+        }
+        for one in plan.cells
+    ]
 
 
 def _duration(seconds: float) -> str:

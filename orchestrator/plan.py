@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from orchestrator.errors import UserError
 from orchestrator.spec import SweepSpec, load_spec
 from storage.identity import join_id
 from storage.manifest import Manifest, PlannedTask, planned_tasks
-from storage.records import Dense, Shard
+from storage.records import Cell, Dense, Shard
 from workers.datasets import DATASETS, missing_message
 
 if TYPE_CHECKING:
@@ -20,15 +21,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class CellPlan:
+    """A cell of a plan, and how many of its tasks have which status."""
+
+    cell: Cell
+    statuses: Counter[str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A sweep laid against a store. `denses` are the dense models still to train."""
 
     spec: SweepSpec
-    total: int
-    cells: int
-    statuses: Mapping[str, int]
+    cells: tuple[CellPlan, ...]
     shards: tuple[Shard, ...]
     denses: tuple[Dense, ...]
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """The sweep's tasks by status."""
+        return {status: sum(one.statuses[status] for one in self.cells) for status in ("done", "failed", "pending")}
+
+    @property
+    def total(self) -> int:
+        return sum(self.statuses.values())
 
     @property
     def unfinished(self) -> int:
@@ -80,17 +96,18 @@ def make_plan(store: Store, spec: SweepSpec, tasks: Iterable[PlannedTask], only:
     `only` narrows what is run to those task ids.
     """
     statuses = store.statuses()
-    counts = {"done": 0, "failed": 0, "pending": 0}
     unfinished: list[PlannedTask] = []
-    cells: set[str] = set()
+    cells: dict[str, CellPlan] = {}
     for one in tasks:
         status = statuses.get(one.task.task_id, "pending")
-        counts[status] += 1
-        cells.add(one.task.cell.cell_id)
+        cell = one.task.cell
+        if cell.cell_id not in cells:
+            cells[cell.cell_id] = CellPlan(cell, Counter())
+        cells[cell.cell_id].statuses[status] += 1
         if status != "done" and (only is None or one.task.task_id in only):
             unfinished.append(one)
     shards = pack(unfinished, expand.keeps(spec.retrain))
-    return Plan(spec, sum(counts.values()), len(cells), counts, shards, missing_denses(store, shards))
+    return Plan(spec, tuple(cells.values()), shards, missing_denses(store, shards))
 
 
 def missing_denses(store: Store, shards: Iterable[Shard]) -> tuple[Dense, ...]:

@@ -88,8 +88,8 @@ def opening(sweep: str, plan: Plan, store: Store) -> str:
         return f"{sweep}: {done} of {plan.total} tasks are done; none of the others was asked for; nothing to run"
     dense = f", {some(len(plan.denses), 'dense model')} to train first" if plan.denses else ""
     return (
-        f"{sweep}: {some(plan.total, 'task')} in {some(plan.cells, 'cell')}, {done} done, {plan.unfinished} to run "
-        f"in {some(len(plan.shards), 'shard')}{dense}; store {store.location}"
+        f"{sweep}: {some(plan.total, 'task')} in {some(len(plan.cells), 'cell')}, {done} done, "
+        f"{plan.unfinished} to run in {some(len(plan.shards), 'shard')}{dense}; store {store.location}"
     )
 
 

@@ -128,6 +128,14 @@ def test_a_store_that_cannot_be_written(here: Path, capsys: pytest.CaptureFixtur
     assert f"{here}/file is a file: a store is a folder" in refused(capsys, 5, "run", "digits", "--store", "file/x")
 
 
+def test_cells_that_read_alike_are_told_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two recipes make two cells of the same words: each line of the plan has its cell's id then."""
+    two = "retrain=[{epochs: 1, batch_size: 64, lr: 0.1}, {epochs: 2, batch_size: 64, lr: 0.1}]"
+    assert run("plan", "digits", "--set", two, "-f", "csv") == 0
+    names = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(set(names)) == 2 and all(name.startswith("lenet5_mini digits conv1 0.2 oracle [") for name in names)
+
+
 def test_a_plan_needs_no_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A cluster's sweep can be planned on a laptop: missing data is a warning, and nothing is written."""
     assert run("plan", "lenet5-mini-conv1", "--data-root", "nowhere") == 0
