@@ -39,7 +39,7 @@ def equivalence(dense: nn.Module, compact: nn.Module, removed: Units, probe: tor
     """max |compact - masked| / max |masked| on `probe` [N, C, H, W], in float64 and eval mode."""
     reference = copy.deepcopy(dense).double().eval()
     example = probe.double()
-    found = [c for layer, units in removed.items() for c in couplings(reference, layer, units, example)]
+    found = [one for coupled in couplings(reference, removed, example).values() for one in coupled]
     mixing = [c.module for c in found if isinstance(reference.get_submodule(c.module), _STATISTICS_OVER_CHANNELS)]
     if mixing:
         return Equivalence(None, f"{mixing[0]} takes statistics over the removed units")

@@ -51,30 +51,27 @@ class Coupling:
     indices: tuple[int, ...]
 
 
-def couplings(model: nn.Module, layer: str, units: Sequence[int], example: torch.Tensor) -> list[Coupling]:
-    """All modules of `model` that lose channels with `units` of `layer`, that layer first.
+def couplings(model: nn.Module, removed: Units, example: torch.Tensor) -> dict[str, list[Coupling]]:
+    """For each layer of `removed`, all modules of `model` that lose channels with its units, itself first.
 
-    `example` is an input batch, [N, C, H, W]. Raises ValueError where torch-pruning finds no group.
+    `example` is an input batch, [N, C, H, W]. Raises ValueError where a coupled layer would lose all.
     """
-    tp = _torch_pruning()
     names = {module: name for name, module in model.named_modules()}
-    graph = _graph(tp, model, example)
-    root = model.get_submodule(layer)
-    group = graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, list(units))
-    if not graph.check_pruning_group(group):
-        raise ValueError(f"{layer}: removing {len(units)} units leaves a coupled layer without any")
-    found = [
-        Coupling(names[dep.layer], graph.is_out_channel_pruning_fn(dep.handler), tuple(indices))
-        for dep, indices in group
-        if dep.layer in names
-    ]
-    return list(dict.fromkeys(found))
-
-
-def _graph(tp: ModuleType, model: nn.Module, example: torch.Tensor) -> Any:
-    """The dependency graph; tracing needs gradients and leaves none behind."""
-    with torch.enable_grad():
-        return tp.DependencyGraph().build_dependency(model, example_inputs=example)
+    with torch.enable_grad():  # tracing needs gradients, and leaves none behind
+        graph = _torch_pruning().DependencyGraph().build_dependency(model, example_inputs=example)
+    found: dict[str, list[Coupling]] = {}
+    for layer, units in removed.items():
+        root = model.get_submodule(layer)
+        group = graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, list(units))
+        if not graph.check_pruning_group(group):
+            raise ValueError(f"{layer}: removing {len(units)} units leaves a coupled layer without any")
+        coupled = [
+            Coupling(names[dep.layer], graph.is_out_channel_pruning_fn(dep.handler), tuple(indices))
+            for dep, indices in group
+            if dep.layer in names
+        ]
+        found[layer] = list(dict.fromkeys(coupled))
+    return found
 
 
 def prune(
@@ -92,26 +89,25 @@ def prune(
     published code of arXiv 2412.00143). Raises ValueError when a layer's units are coupled to those
     of another pruned layer.
     """
-    tp = _torch_pruning()
+    own = elsewhere = couplings(dense, removed, example)
+    _refuse_shared(own)
+    if propagation == "released":
+        assert l1_removed is not None, "released propagation needs the L1 set"
+        elsewhere = couplings(dense, l1_removed, example)
     pruned = copy.deepcopy(dense)
     modules = dict(pruned.named_modules())
-    graph = _graph(tp, pruned, example)
-    for layer, units in removed.items():
-        own = couplings(dense, layer, units, example)
-        _refuse_shared(layer, own, removed)
-        elsewhere = own
-        if propagation == "released":
-            assert l1_removed is not None, "released propagation needs the L1 set"
-            elsewhere = couplings(dense, layer, l1_removed[layer], example)
-        for coupling in [own[0], *elsewhere[1:]]:
+    pruners = _torch_pruning().DependencyGraph()
+    for layer in removed:
+        for coupling in [own[layer][0], *elsewhere[layer][1:]]:
             module = modules[coupling.module]
-            pruner = graph.get_pruner_of_module(module)
+            pruner = pruners.get_pruner_of_module(module)
             cut = pruner.prune_out_channels if coupling.outputs else pruner.prune_in_channels
             cut(module, list(coupling.indices))
     return pruned
 
 
-def _refuse_shared(layer: str, found: list[Coupling], removed: Units) -> None:
-    shared = [c.module for c in found[1:] if c.outputs and c.module in removed and c.module != layer]
-    if shared:
-        raise ValueError(f"the units of {layer} and {shared[0]} are the same channels: prune one of them")
+def _refuse_shared(found: Mapping[str, list[Coupling]]) -> None:
+    for layer, coupled in found.items():
+        shared = [c.module for c in coupled[1:] if c.outputs and c.module in found and c.module != layer]
+        if shared:
+            raise ValueError(f"the units of {layer} and {shared[0]} are the same channels: prune one of them")
