@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: install demo test test-all lint lock clean
+.PHONY: install demo test test-all chaos lint lock clean
 
 install: $(STAMP)
 
@@ -34,6 +34,11 @@ test: lint
 
 test-all: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Random faults against small sweeps for so many minutes; says what it did and what held.
+MINUTES ?= 10
+chaos: install
+	@RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m tests.faults.chaos $(MINUTES)
 
 # Renew the lock from pyproject.toml; no index address gets in.
 lock:

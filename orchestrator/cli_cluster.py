@@ -139,7 +139,8 @@ def stop(sweep: str, store: str, address: str | None) -> None:
     prunesweep stop digits
     prunesweep stop digits --address http://head:8265
     """
-    from orchestrator.drivers import drivers, is_here
+    from orchestrator.drivers import drivers
+    from storage.signs import is_here
 
     if address:
         _stop_job(sweep, address)

@@ -22,6 +22,7 @@ from orchestrator.options import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from orchestrator.status import Standing
     from storage.store import Store
 
 DEFAULT_X, DEFAULT_Y = "pruned_train_loss", "best_test_accuracy"
@@ -47,38 +48,63 @@ def ls(store: str, form: str, output: Path | None) -> None:
     emit(found, form, output)
 
 
-_STATUS = {
-    "cell": """select model, dataset, layers, coalesce(cast(pruning_ratio as varchar),
-                      array_to_string(ratios, '+')) as ratio, pruner, propagation, precision, tasks,
-                      done, failed, pending, cell_id from cells where sweep = {sweep} order by position""",
-    "shard": """select shard, count(*) as tasks, count(*) filter (where status = 'done') as done,
-                       count(*) filter (where status = 'failed') as failed,
-                       count(*) filter (where status = 'pending') as pending
-                from tasks where sweep = {sweep} group by shard order by min(position)""",
-}
+WATCH_SECONDS = 5.0
 
 
 @click.command()
 @click.argument("sweep")
-@click.option("--by", type=click.Choice(list(_STATUS)), default="cell", show_default=True)
+@click.option(
+    "--by", type=click.Choice(["cell", "shard", "sweep", "driver", "failure"]), default="cell", show_default=True
+)
+@click.option("--failed", is_flag=True, help="What failed, by error class: the same as --by failure.")
+@click.option("--watch", is_flag=True, help="Show it again every few seconds, until the sweep is done.")
 @store_option
 @output_options
-def status(sweep: str, by: str, store: str, form: str, output: Path | None) -> None:
-    """Tasks of SWEEP by cell or by shard: done, failed, pending; and who is at work on it.
+def status(sweep: str, by: str, failed: bool, watch: bool, store: str, form: str, output: Path | None) -> None:
+    """How SWEEP stands: tasks done, failed, running and pending, pace, and who is at work on it.
+
+    A task counts as running while its worker gives signs of life; 60 s without one, and it does not.
 
     \b
     prunesweep status digits
     prunesweep status digits --by shard -f json
+    prunesweep status digits --failed
+    prunesweep status digits --watch
     """
-    from orchestrator.drivers import drivers
-    from storage.sql import quoted, run_query
+    import time
+
+    from orchestrator.status import standing
 
     opened = existing_store(store)
-    opened.newest(sweep)
-    emit(run_query(opened, _STATUS[by].format(sweep=quoted(sweep)), warn), form, output)
-    for driver in drivers(opened, sweep):
+    while True:
+        found = standing(opened, sweep, "failure" if failed else by, warn)
+        if watch and sys.stdout.isatty():
+            click.clear()
+        emit(found.table, form, output)
+        _say_standing(sweep, found)
+        if not watch or found.whole["done"] == found.whole["tasks"]:
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def _say_standing(sweep: str, found: Standing) -> None:
+    """What is true of the whole sweep, in lines for a person."""
+    from orchestrator.progress import duration, some
+
+    whole = found.whole
+    counts = ", ".join(f"{whole[state]} {state}" for state in ("done", "failed", "running", "pending"))
+    pace = ""
+    if whole["tasks_per_hour"]:
+        pace = f"; {whole['tasks_per_hour']:g} tasks an hour, about {duration(whole['seconds_left'])} left"
+    click.echo(f"{sweep}: {some(whole['tasks'], 'task')}: {counts}{pace}", err=True)
+    for one in found.failures:
+        last = (one["example_error"] or "").strip().splitlines()[-1:]
+        example = f"{one['example_task']}: {''.join(last)}"
+        click.echo(f"failed: {one['error_class']}, {some(one['tasks'], 'task')}, as {example}", err=True)
+    for driver in found.drivers:
+        sign = f"last sign of life {driver['seconds_since_sign']:.0f} s ago"
         where = f"on {driver['host']}, process {driver['pid']}, since {driver['started_at']} UTC"
-        click.echo(f"a driver noted that it is at work {where}", err=True)
+        click.echo(f"a driver is at work {where}, {sign}", err=True)
 
 
 @click.command()
@@ -176,6 +202,7 @@ def plot(sweep: str, x: str, y: str, where: str | None, store: str, output: Path
     prunesweep plot digits
     prunesweep plot digits --y last5_test_accuracy_mean -o digits.pdf
     """
+    from orchestrator.progress import some
     from storage.correlate import cell_data
     from storage.errors import QueryError
     from storage.figures import FILES, scatter
@@ -192,7 +219,7 @@ def plot(sweep: str, x: str, y: str, where: str | None, store: str, output: Path
     click.echo(str(path))
     where_store = "" if store == "results" else f" --store {shlex.quote(store)}"
     click.echo(
-        f"drew {len(cells)} cell{'s'[: len(cells) > 1]}. Try next:\n"
+        f"drew {some(len(cells), 'cell')}. Try next:\n"
         f"  prunesweep corr {sweep} --y last5_test_accuracy_mean{where_store}\n"
         f'  prunesweep query "from candidates order by best_test_accuracy desc limit 5"{where_store}',
         err=True,

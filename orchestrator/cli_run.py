@@ -154,6 +154,7 @@ def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form:
     """Print the table, then what went wrong; exit 3 if anything did."""
     from orchestrator.cli import FAILED_TASKS
     from orchestrator.cli_read import BEST_NOTE, correlations, emit_correlations
+    from orchestrator.progress import some
 
     if outcome.done:
         emit_correlations(correlations(store, outcome.sweep), form, output)
@@ -161,7 +162,7 @@ def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form:
     for problem in outcome.problems:
         click.echo(f"problem: {problem}", err=True)
     if outcome.complete:
-        click.echo(f"{outcome.sweep}: all {outcome.done} tasks done", err=True)
+        click.echo(f"{outcome.sweep}: {some(outcome.done, 'task')} done, none left", err=True)
         return
     click.echo(
         f"{outcome.sweep}: {outcome.done} tasks done, {outcome.failed} failed, {outcome.pending} pending", err=True
@@ -190,7 +191,7 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
     import pyarrow as pa
 
     from orchestrator.plan import check, check_data, estimate, plan_of_spec
-    from orchestrator.progress import some
+    from orchestrator.progress import duration, some
     from storage.store import Store
 
     document = read_spec(spec, overrides)
@@ -203,7 +204,7 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
     found = plan_of_spec(opened, checked, document)
     emit(pa.Table.from_pylist(_cell_lines(found)), form, output)
     cost = estimate(opened, found)
-    known = f"about {_duration(cost.worker_seconds)} of one worker"
+    known = f"about {duration(cost.worker_seconds)} of one worker"
     if cost.unknown:
         known = (
             "unknown until a first task of its recipe is done"
@@ -237,9 +238,3 @@ def _cell_lines(plan: Plan) -> list[dict[str, object]]:
         }
         for one in plan.cells
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,60 +1,128 @@
-"""Drivers at work: each leaves a note in scratch, for `status` and `stop`."""
+"""Drivers at work: what each shows of itself, what it sees of its workers and of others, how it stops."""
 
 from __future__ import annotations
 
+import _thread
 import os
-import socket
-import uuid
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from storage.records import utc_now
+from storage.errors import StoreError
+from storage.signs import Sign, counts, living
+from workers.pulse import stop_note
 
 if TYPE_CHECKING:
     from storage.store import Store
 
+GRACE_SECONDS = 25.0
+"""So long a stopped run waits for its workers; whoever asks it to stop allows 30 s."""
 
-@contextmanager
-def sign_of_life(store: Store, sweep: str, address: str | None) -> Iterator[None]:
-    """While this lasts, a note says that this process drives `sweep`."""
-    import psutil
+LOOK_SECONDS = 2.0
+"""How often a driver looks at the workers' notes."""
 
-    name = f"drivers/{uuid.uuid4().hex}"
-    pid = os.getpid()
-    store.note(
-        name,
-        {
-            "sweep": sweep,
-            "host": socket.gethostname(),
-            "pid": pid,
-            "process_started": psutil.Process(pid).create_time(),
-            "address": address,
-            "started_at": utc_now().isoformat(timespec="seconds"),
-        },
-    )
-    try:
-        yield
-    finally:
-        store.forget(name)
+FROZEN_SECONDS = 120.0
+"""A worker at a shard whose note has not changed for this long is ended, and its shard given away."""
+
+
+class Driver:
+    """This process as the driver of a sweep, while `with` lasts.
+
+    Its thread renews its note, looks at the workers' notes, and passes on the wish to stop.
+    """
+
+    def __init__(
+        self, store: Store, sweep: str, address: str | None, counts_of: Callable[[], Mapping[str, int]]
+    ) -> None:
+        self._store = store
+        self._about: dict[str, Any] = {"sweep": sweep, "address": address}
+        self.sign = Sign(store, "drivers", lambda: {**self._about, **counts_of()}, self._look, LOOK_SECONDS)
+        self.id = self.sign.id
+        self.stop = threading.Event()
+        self.elsewhere: frozenset[str] = frozenset()
+        self.end_worker: Callable[[Mapping[str, Any]], None] = lambda _: None
+        self._beats: dict[str, tuple[str, float]] = {}
+        self._told = False
+
+    def __enter__(self) -> Driver:
+        self.sign.__enter__()
+        self._look()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sign.__exit__()
+        if self._told:
+            self._store.scratch.forget(stop_note(self.id))
+
+    def note_of(self, shard_id: str) -> dict[str, Any] | None:
+        """The last that a worker of ours showed of itself at a shard; the note is removed."""
+        try:
+            notes = self._store.scratch.notes("workers")
+        except StoreError:
+            return None
+        mine = {n: note for n, note in notes.items() if (note.get("driver"), note.get("shard")) == (self.id, shard_id)}
+        for name in mine:
+            self._store.scratch.forget(name)
+        return max(mine.values(), key=lambda note: note["beat_at"], default=None)
+
+    def _look(self) -> None:
+        """Called by the thread: what is elsewhere, who is frozen, whether to stop."""
+        try:
+            notes = self._store.scratch.notes("workers")
+            if self.stop.is_set() and not self._told:
+                self._store.scratch.note(stop_note(self.id), {})
+                self._told = True
+        except StoreError:
+            return
+        others = [n for n in notes.values() if n.get("driver") != self.id and n.get("shard") and counts(n)]
+        self.elsewhere = frozenset(str(note["shard"]).split(".")[0] for note in others)
+        for name, note in notes.items():
+            if note.get("driver") == self.id and note.get("shard") and self._is_frozen(name, note["beat_at"]):
+                self.end_worker(note)
+
+    def _is_frozen(self, name: str, beat: str) -> bool:
+        """Whether a note has been the same for long, by this process's clock."""
+        before, since = self._beats.get(name, (None, 0.0))
+        if before != beat:
+            self._beats[name] = (beat, time.monotonic())
+            return False
+        return time.monotonic() - since > FROZEN_SECONDS
 
 
 def drivers(store: Store, sweep: str) -> list[dict[str, Any]]:
-    """The notes of a sweep's drivers, without those of this machine whose process is gone."""
-    notes = [note for note in store.notes("drivers").values() if note["sweep"] == sweep]
-    return [note for note in notes if not is_here(note) or _is_alive(note)]
+    """The notes of a sweep's drivers that live, as far as can be told from here."""
+    return [note for note in living(store, "drivers").values() if note["sweep"] == sweep]
 
 
-def is_here(driver: dict[str, Any]) -> bool:
-    """Whether a driver is a process of this machine."""
-    return driver["host"] == socket.gethostname()
+@contextmanager
+def heeding_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask a run to stop. A second one, or the end of the grace, interrupts it.
 
+    SIGINT too where a shell's `&` had it ignored.
+    """
+    timer = threading.Timer(GRACE_SECONDS, _thread.interrupt_main)
+    timer.daemon = True
 
-def _is_alive(driver: dict[str, Any]) -> bool:
-    """Whether the process is there, and still the one that left the note."""
-    import psutil
+    def heed(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        timer.start()
+        # A handler may not print: it could be in the middle of printing.
+        os.write(2, b"\nstopping: what is finished is committed, what is not is checkpointed (again: at once)\n")
 
+    numbers = (signal.SIGTERM, signal.SIGINT)
     try:
-        return abs(psutil.Process(driver["pid"]).create_time() - driver["process_started"]) < 1
-    except psutil.NoSuchProcess:
-        return False
+        before = [signal.signal(number, heed) for number in numbers]
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,4 +1,7 @@
-"""The runner without Ray: shards in this process, one after the other, for debugging."""
+"""The runner without Ray: shards in this process, one after the other, for debugging.
+
+What ends a process ends the run: limits of time and memory are for Ray's workers.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,47 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
 
-from orchestrator.progress import Progress
-from orchestrator.queue import Queue
+from orchestrator.endings import End, Ending, told
 from storage.records import Row, Shard
 from storage.store import Store
+from workers.pulse import Limits, Pulse
 from workers.worker import Worker
 
 if TYPE_CHECKING:
+    from orchestrator.account import Account
+    from orchestrator.drivers import Driver
     from orchestrator.run import Options
 
-
-def run_inline(queue: Queue, store: Store, options: Options, progress: Progress) -> None:
-    """Run a queue to its end. Interrupts pass through; a dense model's error ends with it."""
-    worker = Worker(store, options.data_root, cpu=options.gpus == 0)
-    for precision in queue.precisions:
-        _run(queue, precision, worker, options, progress)
+BUSY_SECONDS = 0.5
+"""How long to wait while other drivers have all that is left."""
 
 
-def _run(queue: Queue, precision: str, worker: Worker, options: Options, progress: Progress) -> None:
-    while (shard := queue.next(precision)) is not None:
+def run_inline(account: Account, store: Store, options: Options, driver: Driver) -> None:
+    """Run a queue to its end, or until the driver is asked to stop."""
+    limits = Limits(checkpoint_seconds=options.limits.checkpoint_seconds)
+    with Pulse(store, driver.id, limits, stop=driver.stop) as pulse:
+        worker = Worker(store, options.data_root, cpu=options.gpus == 0, pulse=pulse)
+        while not driver.stop.is_set() and (precision := account.queue.precision):
+            _run(precision, worker, options, account, driver)
+
+
+def _run(precision: str, worker: Worker, options: Options, account: Account, driver: Driver) -> None:
+    queue = account.queue
+    while not (driver.stop.is_set() or queue.exhausted(precision)):
+        shard = queue.next(precision, driver.elsewhere)
+        if shard is None:
+            driver.stop.wait(BUSY_SECONDS)
+            continue
+        ending = Ending(End.FINISHED)
         try:
             for row in _rows(shard, worker):
-                progress.advance(row.status == "done", row.status != "done")
+                account.row(row)
         except Exception as error:
             if options.debug:
                 raise
-            queue.failed(shard.shard_id, f"{type(error).__name__}: {error}")
-        else:
-            queue.succeeded(shard.shard_id)
+            ending = told(error)
+        account.say_all(worker.take_messages())
+        account.ended(shard.shard_id, ending)
 
 
 def _rows(shard: Shard, worker: Worker) -> Iterator[Row]:

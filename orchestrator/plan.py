@@ -11,6 +11,8 @@ from orchestrator import expand
 from orchestrator.documents import Document
 from orchestrator.errors import UserError
 from orchestrator.spec import SweepSpec, load_spec
+from storage.commit import room
+from storage.errors import StoreError
 from storage.identity import join_id
 from storage.manifest import Manifest, PlannedTask, planned_tasks
 from storage.records import Cell, Dense, Shard
@@ -18,6 +20,9 @@ from workers.datasets import DATASETS, missing_message
 
 if TYPE_CHECKING:
     from storage.store import Store
+
+ROW_BYTES = 16_384
+"""What a task's row takes on a disk until it is compacted, with its folder entry."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,26 @@ def check_data(datasets: Iterable[str], data_root: str) -> None:
     for name in datasets:
         if DATASETS[name].missing(data_root):
             raise UserError(missing_message(name, data_root))
+
+
+def check_room(store: Store, plan: Plan) -> None:
+    """Raise StoreError where what a plan will write does not fit on the store's disk. Nothing is known of
+    an object store's room, nor of the size of networks to keep before their dense model is there."""
+    if not store.is_local:
+        return
+    weights = {name.split("-")[0]: size for name, size in store.sizes("dense").items()}
+    kept = sum(weights.get(s.needs.dense_id, 0) * len(s.tasks) for s in plan.shards if s.keep != "none")
+    needed = plan.unfinished * ROW_BYTES + kept
+    free = room(store.root)
+    if free < needed:
+        raise StoreError(
+            f"about {_size(needed)} will be written to {store.location}, and its disk has {_size(free)} to spare: "
+            "make room, or use another --store"
+        )
+
+
+def _size(n: float) -> str:
+    return f"{max(0, n) / 1e9:.2f} GB" if n >= 1e8 else f"{max(0, n) / 1e6:.1f} MB"
 
 
 def make_plan(store: Store, spec: SweepSpec, tasks: Iterable[PlannedTask], only: frozenset[str] | None = None) -> Plan:

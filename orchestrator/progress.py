@@ -26,6 +26,10 @@ class Progress:
     before: int = 0
     last_beat: float = field(default_factory=time.monotonic)
 
+    def counts(self) -> dict[str, int]:
+        """What a driver's note says of its run."""
+        return {"to_run": self.total, "done": self.done, "failed": self.failed}
+
     def advance(self, done: int, failed: int) -> None:
         """`done` and `failed` more tasks have rows."""
         if self.first is None and done + failed:
@@ -64,6 +68,13 @@ def say(text: str) -> None:
 def some(n: int, thing: str) -> str:
     """`1 task`, `2 tasks`."""
     return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min`, `1.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _clock(seconds: float) -> str:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import asdict, astuple
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.cloudpickle
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.account import Account, Failure, failure
 from orchestrator.cluster import environment
+from orchestrator.endings import End, Ending, seen, told
 from orchestrator.errors import UserError
+from storage.machine import is_alive
 from storage.records import Shard
 from storage.store import Store
-from workers.worker import Worker
+from workers.pulse import Limits, Pulse
+from workers.worker import Worker, last_line
 
 if TYPE_CHECKING:
-    from orchestrator.progress import Progress
+    from orchestrator.drivers import Driver
     from orchestrator.queue import Queue
     from orchestrator.run import Options
 
@@ -39,8 +51,11 @@ class ShardTrainable(tune.Trainable):
     """Tune's side of a worker: it runs one shard after the other."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        precision = Shard.from_dict(config["shard"]).precision
-        self.worker = Worker(Store(config["store"]), config["data_root"], precision, cpu=config["cpu"])
+        store, precision = Store(config["store"]), Shard.from_dict(config["shard"]).precision
+        where = {"node": ray.get_runtime_context().get_node_id()}
+        self.pulse = Pulse(store, config["driver"], Limits(**config["limits"]), where)
+        self.pulse.__enter__()
+        self.worker = Worker(store, config["data_root"], precision, cpu=config["cpu"], pulse=self.pulse)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -48,77 +63,111 @@ class ShardTrainable(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Run tasks for a while; `done` once the shard is at its end, or at an error that is no task's own."""
-        started, counts = time.monotonic(), {"done": 0, "failed": 0}
-        problem: str | None = None
-        finished = True
+        """Run tasks for a while; `done` once the shard has ended, and how."""
+        started, failures, done = time.monotonic(), list[Failure](), 0
+        ending: Ending | None = Ending(End.FINISHED)
         try:
             for row in self.rows:
-                counts[row.status] += 1
+                done += row.status == "done"
+                failures += [failure(row)] if row.status == "failed" else []
                 if time.monotonic() - started > STEP_SECONDS:
-                    finished = False
+                    ending = None
                     break
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        return {"tasks_done": counts["done"], "tasks_failed": counts["failed"], "problem": problem, "done": finished}
+            ending = told(error)
+        return {
+            "tasks_done": done,
+            "failures": failures,
+            "messages": self.worker.take_messages(),
+            "ending": None if ending is None else astuple(ending),
+            "done": ending is not None,
+        }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: what is done is in the store."""
 
+    def cleanup(self) -> None:
+        self.pulse.__exit__()
+
 
 class ShardSearcher(Searcher):
-    """Hands Tune the queue's shards, and tells the queue how they ended."""
+    """Hands Tune the queue's shards."""
 
-    def __init__(self, queue: Queue, precision: str, common: dict[str, Any]) -> None:
+    def __init__(self, queue: Queue, precision: str, common: dict[str, Any], driver: Driver) -> None:
         super().__init__()
-        self.queue, self.precision, self.common = queue, precision, common
+        self.queue, self.precision, self.common, self.driver = queue, precision, common, driver
         self.shard_of: dict[str, str] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        shard = self.queue.next(self.precision)
+        if self.driver.stop.is_set():
+            self.queue.halt()
+        shard = self.queue.next(self.precision, self.driver.elsewhere)
         if shard is None:
             return Searcher.FINISHED if self.queue.exhausted(self.precision) else None
         self.shard_of[trial_id] = shard.shard_id
         return {"shard": shard.to_dict(), **self.common}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """An error here is a death: what our own code raises comes as a result."""
-        shard_id = self.shard_of.pop(trial_id)
-        problem = (result or {}).get("problem")
-        if error:
-            self.queue.died(shard_id)
-        elif problem:
-            self.queue.failed(shard_id, problem)
-        else:
-            self.queue.succeeded(shard_id)
+        """Nothing: the reporter hears of it, and in case of an error of which."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it is given, to restore it. A fresh driver resumes from the store."""
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: a fresh driver resumes from the store."""
+        """Nothing, for the same reason."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("resume from the store")
 
 
 class Reporter(tune.Callback):
-    """Carries what workers report to the progress bar."""
+    """Carries what workers report, and how their shards end, to the account."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, account: Account, searcher: ShardSearcher) -> None:
+        self.account, self.searcher = account, searcher
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as of the searcher."""
+        return {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.progress.beat()
+        self.account.shown.beat()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self.progress.advance(result["tasks_done"], result["tasks_failed"])
+        self.account.rows(result["tasks_done"], [(c, place, why) for c, place, why in result["failures"]])
+        self.account.say_all(result["messages"])
+        if result["ending"] is not None:
+            kind, reason, task = result["ending"]
+            self._ended(trial, Ending(End(kind), reason, task))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The process is gone: what our own code raises comes as a result."""
+        error = _error_of(trial)
+        note = self.searcher.driver.note_of(self.searcher.shard_of[trial.trial_id])
+        reason = last_line(str(error)) or type(error).__name__
+        preempted = isinstance(error, RayActorError) and error.preempted
+        self._ended(trial, seen(note, reason, preempted=preempted, memory="running low on memory" in str(error)))
+
+    def _ended(self, trial: Any, ending: Ending) -> None:
+        self.account.ended(self.searcher.shard_of.pop(trial.trial_id), ending)
 
 
-def run_on_ray(queue: Queue, store: Store, options: Options, progress: Progress) -> None:
-    """Run a queue to its end on the cluster this process is connected to.
+def _error_of(trial: Any) -> Exception | None:
+    """What ended a trial. Tune has just written it to a file of its own, which is not yet where it looks for it."""
+    if not trial.pickled_error_file:
+        return None
+    with Path(trial.pickled_error_file).open("rb") as file:
+        return ray.cloudpickle.load(file)
+
+
+def run_on_ray(account: Account, store: Store, options: Options, driver: Driver) -> None:
+    """Run a queue to its end on the cluster this process is connected to, or until it is asked to stop.
 
     A process holds one precision, so each precision has its own Tune run, with actors of its own.
     """
@@ -126,11 +175,30 @@ def run_on_ray(queue: Queue, store: Store, options: Options, progress: Progress)
     _check_fits(options.cpus, gpus)
     workers = None if options.workers == "auto" else int(options.workers)
     pending = workers or _slots(options.cpus, gpus)
-    common = {"store": store.absolute, "data_root": options.data_root, "cpu": gpus == 0}
+    common = {
+        "store": store.absolute,
+        "data_root": options.data_root,
+        "cpu": gpus == 0,
+        "driver": driver.id,
+        "limits": asdict(options.limits),
+    }
+    driver.end_worker = end_worker
     with environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(pending)}), contextlib.redirect_stdout(sys.stderr):
-        for precision in queue.precisions:
-            searcher = ShardSearcher(queue, precision, common)
-            _fit(searcher, _bundle(options.cpus, gpus), workers, Reporter(progress))
+        while not driver.stop.is_set() and (precision := account.queue.precision):
+            searcher = ShardSearcher(account.queue, precision, common, driver)
+            _fit(searcher, _bundle(options.cpus, gpus), workers, Reporter(account, searcher))
+
+
+def end_worker(note: Mapping[str, Any]) -> None:
+    """End the process of a worker's note, on its node; one that is frozen too. Does not wait."""
+    strategy = NodeAffinitySchedulingStrategy(note["node"], soft=False)
+    _kill.options(scheduling_strategy=strategy).remote(note["pid"], note["process_started"])
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pid: int, started: float) -> None:
+    if is_alive(pid, started):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _fit(searcher: ShardSearcher, bundle: dict[str, float], workers: int | None, reporter: Reporter) -> None:

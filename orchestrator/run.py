@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import random
-import signal
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from orchestrator.account import Account
 from orchestrator.cluster import check_reachable, connected
 from orchestrator.documents import Document
-from orchestrator.drivers import sign_of_life
+from orchestrator.drivers import Driver, heeding_signals
 from orchestrator.expand import keeps
-from orchestrator.plan import Plan, check, check_data, plan_of_sweep, planned
-from orchestrator.progress import Progress, progress, say, some
+from orchestrator.plan import Plan, check, check_data, check_room, plan_of_sweep, planned
+from orchestrator.progress import progress, say, some
 from orchestrator.queue import Queue
-from storage.records import row_for, utc_now
+from storage.errors import StoreError
 from storage.sql import quoted
+from storage.upkeep import tidy
+from workers.pulse import Limits
 
 if TYPE_CHECKING:
+    from orchestrator.spec import Resources
     from storage.manifest import Manifest
     from storage.store import Store
 
@@ -36,6 +36,7 @@ class Options:
     workers: int | str = "auto"
     cpus: float = 1
     gpus: float | str = "auto"
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,43 @@ def run_spec(store: Store, document: Document, options: Options) -> Outcome:
 
 
 def run_sweep(store: Store, manifest: Manifest, options: Options, only: frozenset[str] | None = None) -> Outcome:
-    """Run exactly what a recorded sweep has unfinished (of `only`, where given)."""
+    """Run exactly what a recorded sweep has unfinished (of `only`, where given).
+
+    Raises KeyboardInterrupt once it was asked to stop and has; StoreError where the store gave out.
+    """
     check_reachable(options.address)
     plan = plan_of_sweep(store, manifest, only)
     if plan.shards:
         check_data({shard.needs.dataset for shard in plan.shards}, options.data_root)
+        check_room(store, plan)
     say(opening(manifest.sweep, plan, store))
     problems: list[str] = []
     if plan.shards:
-        wanted = plan.spec.resources
-        with_resources = replace(options, workers=wanted.workers, cpus=wanted.cpus, gpus=wanted.gpus)
-        problems = drive(store, plan, with_resources, manifest.sweep)
+        problems = drive(store, plan, with_resources(options, plan.spec.resources), manifest.sweep)
+    finish(store)
     say_what_is_not_kept(store, plan, manifest.sweep)
     return outcome(store, manifest, problems, only)
+
+
+def with_resources(options: Options, wanted: Resources) -> Options:
+    """The options of a run with what its spec asks for."""
+    limits = Limits(
+        task_seconds=None if wanted.task_minutes is None else wanted.task_minutes * 60,
+        memory_bytes=None if wanted.memory_gb is None else int(wanted.memory_gb * 10**9),
+        checkpoint_seconds=wanted.checkpoint_minutes * 60,
+    )
+    return replace(options, workers=wanted.workers, cpus=wanted.cpus, gpus=wanted.gpus, limits=limits)
+
+
+def finish(store: Store) -> None:
+    """What every run does at its end: remove what is left over, merge the row files."""
+    try:
+        statuses = store.statuses()
+        tidy(store, lambda task_id: statuses.get(task_id) == "done")
+        for problem in store.compact().aside:
+            say(f"set aside {problem.file}: {problem.reason}")
+    except StoreError as error:  # every row is committed: no reason to call the run a failure
+        say(f"the store could not be tidied, the next run tries again: {error}")
 
 
 def opening(sweep: str, plan: Plan, store: Store) -> str:
@@ -119,56 +144,21 @@ def outcome(store: Store, manifest: Manifest, problems: list[str], only: frozens
 def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
     """Run a plan's shards on Ray, or in this process; return what went wrong besides failed tasks."""
     queue = Queue.of(plan.shards, plan.denses, random.SystemRandom())
-    with sign_of_life(store, sweep, options.address), progress(plan.unfinished) as shown:
+    with progress(plan.unfinished) as shown, Driver(store, sweep, options.address, shown.counts) as driver:
+        account = Account(store, queue, shown)
         if options.inline:
             from orchestrator.inline import run_inline
 
-            with _signals_as_interrupt():
-                run_inline(queue, store, options, shown)
+            with heeding_signals(driver.stop):
+                run_inline(account, store, options, driver)
         else:
             from orchestrator.ray_runner import run_on_ray
 
             # Inside: ray.init takes SIGTERM for itself.
-            with connected(options), _signals_as_interrupt():
-                run_on_ray(queue, store, options, shown)
-        bury(queue, store, shown)
+            with connected(options), heeding_signals(driver.stop):
+                run_on_ray(account, store, options, driver)
+        if driver.stop.is_set():
+            raise KeyboardInterrupt
+    if queue.store_problem:
+        raise StoreError(f"{queue.store_problem}; what was committed stays, and `prunesweep resume {sweep}` goes on")
     return queue.problems
-
-
-def bury(queue: Queue, store: Store, shown: Progress) -> None:
-    """A failed row for every task that took its process down when it ran alone."""
-    for shard in queue.suspects:
-        store.commit_rows(shard.filed_under, [row_for(shard.tasks[0], "failed", _died_alone())])
-        shown.advance(0, 1)
-
-
-def _died_alone() -> dict[str, Any]:
-    """The columns of a row whose task's process died."""
-    now = utc_now()
-    return {
-        "error_class": "ProcessDied",
-        "error": "the worker's process died while it ran this task alone",
-        "host": socket.gethostname(),
-        "started_at": now,
-        "finished_at": now,
-    }
-
-
-@contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, and so does SIGINT where a shell's `&` had it ignored."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    try:
-        before = [signal.signal(number, interrupt) for number in numbers]
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -150,12 +150,19 @@ class Retraining(Training):
 
 
 class Resources(Strict):
-    """What a shard gets, and how many run at once. `gpus: auto` is 1 where the cluster has any."""
+    """What a shard gets, and how many run at once. `gpus: auto` is 1 where the cluster has any.
+
+    A task over `task_minutes`, or a worker over `memory_gb`, ends its process, not the sweep. What takes
+    longer than `checkpoint_minutes` is checkpointed that often.
+    """
 
     workers: Count | Literal["auto"] = "auto"
     cpus: Annotated[Number, Field(gt=0)] = 1
     gpus: Number | Literal["auto"] = "auto"
     candidates_per_shard: Count = 8
+    task_minutes: Annotated[Number, Field(gt=0)] | None = None
+    memory_gb: Annotated[Number, Field(gt=0)] | None = None
+    checkpoint_minutes: Annotated[Number, Field(gt=0)] = 10
 
 
 class SweepSpec(Strict):

@@ -1,19 +1,37 @@
-"""One file made durable, whole or not at all, never in place of another.
+"""One file made durable, whole or not at all.
 
-On a local file system: a temporary name in the same folder, fsync, link without replacing, fsync of
-the folder. On an object store: one PUT of a name nobody else uses, unless the name is there already.
+On a local file system: a temporary name in the same folder, fsync, link without replacing (or rename,
+to replace), fsync of the folder. On an object store: one PUT. What was cut off leaves at most a
+temporary file, which says who wrote it, so that `sweep_temporaries` can tell when nobody needs it.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from pyarrow import fs as pafs
 
 from storage.errors import StoreError
+from storage.machine import is_alive, machine
+
+T = TypeVar("T")
+
+RESERVE_BYTES = 64 * 2**20
+"""What is left free on a store's disk: below it nothing more is committed."""
+
+ABANDONED_SECONDS = 3600.0
+"""A temporary file of another machine that has not changed for this long belongs to nobody."""
+
+RETRIES = 5
+RETRY_SECONDS = 0.5
+"""An object store is asked this often; the first wait, doubled each time."""
 
 # File systems without hard links (some FUSE and network mounts) answer with one of these.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -26,26 +44,80 @@ def commit(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
     """
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
-            _commit_local(Path(path), content)
-        elif filesystem.get_file_info(path).type == pafs.FileType.NotFound:
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(content)
+            _commit_local(Path(path), content, replace=False)
+        elif patiently(lambda: filesystem.get_file_info(path)).type == pafs.FileType.NotFound:
+            patiently(lambda: _put(filesystem, path, content))
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _commit_local(path: Path, content: bytes) -> None:
+def replace(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
+    """Make `content` durable under `path`, in place of what is there: old or new, never a mixture.
+
+    Raises StoreError when it cannot be written.
+    """
+    try:
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            _commit_local(Path(path), content, replace=True)
+        else:
+            patiently(lambda: _put(filesystem, path, content))
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """`work` on an object store, tried again when it fails: it may be busy, or the answer got lost.
+
+    Asking twice does no harm, since a name stands for one content. Raises the last OSError.
+    """
+    import tenacity
+
+    again = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(RETRIES),
+        wait=tenacity.wait_random_exponential(RETRY_SECONDS, max=30),
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, OSError) and not isinstance(e, FileNotFoundError)),
+        reraise=True,
+    )
+    return again(work)
+
+
+def _put(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(content)
+
+
+def _commit_local(path: Path, content: bytes, *, replace: bool) -> None:
     _make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    _check_room(path.parent, len(content))
+    temporary = path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        _link(temporary, path)
+        if replace:
+            temporary.replace(path)
+        else:
+            _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Stop before the disk is full: what else runs there needs room to end well."""
+    left = room(folder)
+    if left < size:
+        kept = RESERVE_BYTES // 2**20
+        raise StoreError(f"the disk of {folder} is full ({kept} MiB are kept free): make room and resume")
+
+
+def room(folder: str | Path) -> int:
+    """Bytes that may be written below a local folder, which need not be there yet."""
+    at = Path(folder)
+    while not at.exists():
+        at = at.parent
+    return shutil.disk_usage(at).free - RESERVE_BYTES
 
 
 def _make_folder(folder: Path) -> None:
@@ -75,3 +147,22 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sweep_temporaries(folder: str) -> list[str]:
+    """Remove what writers that are gone left below a local `folder`; return the names."""
+    gone = [path for path in Path(folder).rglob(".*.tmp") if _is_abandoned(path)]
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return [str(path.relative_to(folder)) for path in gone]
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a temporary file's writer is gone: its process here, or, elsewhere, long without a change."""
+    where, pid, *_ = [*path.name.removesuffix(".tmp").rpartition(".")[2].split("-"), ""]
+    if where == machine() and pid.isdigit():
+        return not is_alive(int(pid))
+    try:
+        return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+    except FileNotFoundError:
+        return False

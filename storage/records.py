@@ -237,6 +237,11 @@ class Execution:
     def json(self) -> str:
         return canonical_json(asdict(self) | {"versions": dict(self.versions)})
 
+    @staticmethod
+    def from_json(text: str) -> Execution:
+        data = json.loads(text)
+        return Execution(**{**data, "versions": tuple(sorted(data["versions"].items()))})
+
 
 @dataclass(frozen=True)
 class Removed:

@@ -7,39 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from storage.commit import commit
+from storage.commit import commit, patiently
 from storage.errors import QueryError, StoreError
 from storage.identity import SWEEP_NAME
 from storage.manifest import PLAN_SCHEMA, Manifest, PlannedTask, plan_batches
 from storage.records import Row, utc_now
-from storage.schema import SCHEMA, conform, rows_to_table
+from storage.rowfiles import Compaction, Problem, compact, parquet, set_aside, valid_rows
+from storage.schema import rows_to_table
+from storage.scratch import Scratch
 
 if TYPE_CHECKING:
     import duckdb
 
-ROW_FILES_SCHEMA = SCHEMA.append(pa.field("file", pa.string()))
+T = TypeVar("T")
+
 _READ_ERRORS = (pa.ArrowException, ValueError, OSError, KeyError)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file that is not what its place promises, and why."""
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Store:
             raise StoreError(f"{self.location!r} is no store location: give a folder, or a URI as s3://bucket/prefix")
         try:
             if "://" in self.location:
-                self.fs, root = pafs.FileSystem.from_uri(self.location)
+                self.fs, root = pafs.FileSystem.from_uri(_one_put(self.location))
             else:
                 self.fs, root = pafs.LocalFileSystem(), str(Path(self.location).expanduser().absolute())
         except (pa.ArrowException, ValueError, OSError) as error:
@@ -108,47 +103,83 @@ class Store:
             message = f"the store {self.location} is not writable: {error.strerror} ({folder})"
             raise StoreError(message) from error
 
+    # -- files: names are relative to the store -----------------------------------------------------
+
     def _files(self, folder: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(f"{self.root}/{folder}", recursive=recursive, allow_not_found=True)
         try:
-            infos = self.fs.get_file_info(selector)
+            infos = self._asked(lambda: self.fs.get_file_info(selector))
         except OSError as error:
             raise StoreError(f"cannot list {self.location}/{folder}: {error}") from error
         return [i for i in infos if i.type == pafs.FileType.File and not i.base_name.startswith(".")]
 
-    def _read(self, path: str) -> bytes:
-        with self.fs.open_input_file(path) as file:
-            return file.read()
+    def _asked(self, work: Callable[[], T]) -> T:
+        """`work` on the file system; an object store is asked again."""
+        return work() if self.is_local else patiently(work)
 
-    def _read_table(self, path: str) -> pa.Table:
-        return pq.ParquetFile(io.BytesIO(self._read(path)), page_checksum_verification=True).read()
+    def read(self, name: str) -> bytes:
+        """A file's content. Raises FileNotFoundError, or StoreError where it cannot be read."""
+
+        def content() -> bytes:
+            with self.fs.open_input_file(f"{self.root}/{name}") as file:
+                return file.read()
+
+        try:
+            return self._asked(content)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(f"cannot read {self.location}/{name}: {error.strerror or error}") from error
+
+    def names(self, folder: str) -> list[str]:
+        """The files in a folder, by their names in it."""
+        return [i.base_name for i in self._files(folder)]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The files in a folder, by their names in it, with their sizes in bytes."""
+        return {i.base_name: i.size or 0 for i in self._files(folder)}
+
+    def commit(self, name: str, content: bytes) -> None:
+        """Make `content` durable; a file that is there already stays as it is. Raises StoreError."""
+        commit(self.fs, f"{self.root}/{name}", content)
+
+    def delete(self, name: str) -> None:
+        """Remove a file; it may be gone already. Raises StoreError."""
+        try:
+            self._asked(lambda: self.fs.delete_file(f"{self.root}/{name}"))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StoreError(f"cannot remove {self.location}/{name}: {error.strerror or error}") from error
+
+    def move(self, name: str, target: str) -> None:
+        """Move a file; another process may have done so already. Raises StoreError."""
+        try:
+            self.fs.create_dir(f"{self.root}/{target.rpartition('/')[0]}", recursive=True)
+            self.fs.move(f"{self.root}/{name}", f"{self.root}/{target}")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StoreError(f"cannot move {self.location}/{name}: {error.strerror or error}") from error
 
     # -- rows -------------------------------------------------------------------------------------
 
     def commit_rows(self, shard_id: str, rows: Iterable[Row]) -> str:
         """Make `rows` durable as one immutable file and return its name."""
-        buffer = io.BytesIO()
-        pq.write_table(rows_to_table(rows), buffer, compression="zstd", write_page_checksum=True)
         name = f"rows/{shard_id}-{uuid.uuid4().hex}.parquet"
-        commit(self.fs, f"{self.root}/{name}", buffer.getvalue())
+        self.commit(name, parquet(rows_to_table(rows)))
         return name
 
-    def row_files(self) -> tuple[pa.Table, list[Problem]]:
-        """Every valid row with its file, in the pinned schema, and the files that have none."""
-        paths = sorted(i.path for i in self._files("rows") if i.path.endswith(".parquet"))
-        with ThreadPoolExecutor(8) as pool:
-            read = list(pool.map(self._row_file, paths))
-        tables = [table for table in read if not isinstance(table, Problem)]
-        problems = [problem for problem in read if isinstance(problem, Problem)]
-        return pa.concat_tables([ROW_FILES_SCHEMA.empty_table(), *tables]), problems
+    def row_file_names(self) -> list[str]:
+        """The Parquet files in rows/, sorted by name."""
+        return sorted(f"rows/{name}" for name in self.names("rows") if name.endswith(".parquet"))
 
-    def _row_file(self, path: str) -> pa.Table | Problem:
-        name = path.removeprefix(f"{self.root}/")
-        try:
-            table = conform(self._read_table(path))
-        except _READ_ERRORS as error:
-            return Problem(name, str(error).splitlines()[0] if str(error) else type(error).__name__)
-        return table.append_column("file", pa.array([name] * len(table), pa.string()))
+    def row_files(self) -> tuple[pa.Table, list[Problem]]:
+        """Every valid row once, with the file it was committed in; and the files that have none.
+
+        Raises StoreError where a file cannot be read: it may have rows.
+        """
+        return valid_rows(self)
 
     def statuses(self) -> dict[str, str]:
         """task id -> done or failed, for every task that has a row."""
@@ -159,17 +190,9 @@ class Store:
                 statuses[task_id] = status
         return statuses
 
-    def shard_attempts(self, shard_id: str) -> dict[str, list[str]]:
-        """task id -> the statuses of its rows in the shard's own files: what a worker looks at."""
-        attempts: dict[str, list[str]] = {}
-        for info in self._files("rows"):
-            if info.base_name.startswith(f"{shard_id}-") and info.path.endswith(".parquet"):
-                table = self._row_file(info.path)
-                if not isinstance(table, Problem):
-                    pairs = zip(table["task_id"].to_pylist(), table["status"].to_pylist(), strict=True)
-                    for task_id, status in pairs:
-                        attempts.setdefault(task_id, []).append(status)
-        return attempts
+    def compact(self) -> Compaction:
+        """Merge the row files into few, and set aside what is none. Raises StoreError."""
+        return compact(self)
 
     # -- sweeps -----------------------------------------------------------------------------------
 
@@ -185,9 +208,9 @@ class Store:
         if newest and newest.stem.endswith(f"-{found}"):
             return newest
         stem = f"{utc_now():%Y%m%dT%H%M%S%f}Z-{found}"
-        folder = f"{self.root}/sweeps/{name}"
-        commit(self.fs, f"{folder}/{stem}.yaml", spec.encode())
-        commit(self.fs, f"{folder}/{stem}.parquet", content)  # last: its being there is the promise
+        folder = f"sweeps/{name}"
+        self.commit(f"{folder}/{stem}.yaml", spec.encode())
+        self.commit(f"{folder}/{stem}.parquet", content)  # last: its being there is the promise
         return Manifest(name, stem)
 
     def manifest(self, name: str) -> Manifest | None:
@@ -213,17 +236,28 @@ class Store:
         paths = [i.path for i in self._files("sweeps", recursive=True) if i.path.endswith(".parquet")]
         return sorted({path.rsplit("/", 2)[-2] for path in paths})
 
+    def remove_sweep(self, name: str) -> None:
+        """Remove every expansion of a sweep; rows stay."""
+        files = sorted(self.names(f"sweeps/{name}"))
+        # The oldest first, its table before its text: cut off, the newest is the sweep still.
+        for file in sorted(files, key=lambda file: (not file.endswith(".parquet"), file)):
+            self.delete(f"sweeps/{name}/{file}")
+        if self.is_local:
+            with suppress(OSError):
+                Path(self.root, "sweeps", name).rmdir()
+
     def spec_text(self, manifest: Manifest) -> str:
         """The spec of an expansion, as given (with its --set overrides applied)."""
-        return self._read(f"{self.root}/sweeps/{manifest.sweep}/{manifest.stem}.yaml").decode()
+        return self.read(f"sweeps/{manifest.sweep}/{manifest.stem}.yaml").decode()
 
     def plan_table(self, manifest: Manifest) -> pa.Table:
         """The tasks of an expansion, one line each, in order, of PLAN_SCHEMA."""
-        path = f"{self.root}/sweeps/{manifest.sweep}/{manifest.stem}.parquet"
+        name = f"sweeps/{manifest.sweep}/{manifest.stem}.parquet"
         try:
-            return self._read_table(path).select(PLAN_SCHEMA.names)
+            file = pq.ParquetFile(io.BytesIO(self.read(name)), page_checksum_verification=True)
+            return file.read().select(PLAN_SCHEMA.names)
         except _READ_ERRORS as error:
-            raise StoreError(f"cannot read {path}: {error}") from error
+            raise StoreError(f"cannot read {self.location}/{name}: {error}") from error
 
     def manifests(self) -> Iterator[Manifest]:
         """The newest expansion of every sweep."""
@@ -237,24 +271,34 @@ class Store:
     def dense(self, dense_id: str) -> DenseFile | None:
         """The dense weights under this id, or None. Of several, the one committed first.
 
-        Raises StoreError when a file is not what its name says.
+        A file that is not what its name says does not count; `set_damaged_dense_aside` removes it.
         """
+        for info in self._dense_files(dense_id):
+            content = self.read(f"dense/{info.base_name}")
+            sha256 = hashlib.sha256(content).hexdigest()
+            if info.base_name == _dense_name(dense_id, sha256):
+                return DenseFile(f"dense/{info.base_name}", sha256, content)
+        return None
+
+    def _dense_files(self, dense_id: str) -> list[pafs.FileInfo]:
         infos = [i for i in self._files("dense") if i.base_name.startswith(f"{dense_id}-")]
-        if not infos:
-            return None
-        first = min(infos, key=lambda i: (i.mtime_ns or 0, i.base_name))
-        content = self._read(first.path)
-        sha256 = hashlib.sha256(content).hexdigest()
-        if not first.base_name.startswith(f"{dense_id}-{sha256[:8]}."):
-            reason = "its content does not match the hash in its name"
-            raise StoreError(f"dense weights {first.path} are damaged: {reason}; delete the file")
-        return DenseFile(f"dense/{first.base_name}", sha256, content)
+        return sorted(infos, key=lambda i: (i.mtime_ns or 0, i.base_name))
+
+    def set_damaged_dense_aside(self, dense_id: str) -> list[Problem]:
+        """Move the weights under this id that are not what their name says into aside/."""
+        problems: list[Problem] = []
+        for info in self._dense_files(dense_id):
+            name = f"dense/{info.base_name}"
+            if info.base_name != _dense_name(dense_id, hashlib.sha256(self.read(name)).hexdigest()):
+                problem = Problem(name, "its content does not match the hash in its name")
+                problems.append(set_aside(self, problem))
+        return problems
 
     def commit_dense(self, dense_id: str, content: bytes) -> str:
         """Make dense weights durable and return their name: `<dense_id>-<sha256, 8 digits>`."""
         sha256 = hashlib.sha256(content).hexdigest()
-        name = f"dense/{dense_id}-{sha256[:8]}.safetensors"
-        commit(self.fs, f"{self.root}/{name}", content)
+        name = f"dense/{_dense_name(dense_id, sha256)}"
+        self.commit(name, content)
         return name
 
     def dense_ids(self) -> set[str]:
@@ -265,34 +309,13 @@ class Store:
         """Make a retrained network durable and return its name."""
         sha256 = hashlib.sha256(content).hexdigest()
         name = f"networks/{task_id}-{sha256[:8]}.safetensors"
-        commit(self.fs, f"{self.root}/{name}", content)
+        self.commit(name, content)
         return name
 
-    # -- scratch: may vanish at any time ----------------------------------------------------------
-
-    def scratch(self, name: str) -> dict[str, Any] | None:
-        """What was noted under `name`, or None."""
-        try:
-            return json.loads(self._read(f"{self.root}/scratch/{name}.json"))
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def note(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Note `value` under `name` unless something is there, and return what is there."""
-        commit(self.fs, f"{self.root}/scratch/{name}.json", json.dumps(dict(value)).encode())
-        return self.scratch(name) or dict(value)
-
-    def forget(self, name: str) -> None:
-        """Remove a note; it may be gone already."""
-        try:
-            self.fs.delete_file(f"{self.root}/scratch/{name}.json")
-        except FileNotFoundError:
-            return
-
-    def notes(self, folder: str) -> dict[str, dict[str, Any]]:
-        """All notes under a folder of scratch, by name."""
-        names = [f"{folder}/{i.base_name.removesuffix('.json')}" for i in self._files(f"scratch/{folder}")]
-        return {name: value for name in names if (value := self.scratch(name)) is not None}
+    @cached_property
+    def scratch(self) -> Scratch:
+        """Notes, signs of life, checkpoints: what may vanish."""
+        return Scratch(self)
 
     # -- SQL --------------------------------------------------------------------------------------
 
@@ -306,3 +329,14 @@ class Store:
         from storage.sql import run_query
 
         return duckdb.connect().from_arrow(run_query(self, query))
+
+
+def _dense_name(dense_id: str, sha256: str) -> str:
+    return f"{dense_id}-{sha256[:8]}.safetensors"
+
+
+def _one_put(uri: str) -> str:
+    """An s3:// URI whose small files are written in one request, not as uploads of parts."""
+    if not uri.startswith("s3://") or "allow_delayed_open" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"

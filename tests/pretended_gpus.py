@@ -17,6 +17,8 @@ import ray
 import ray.cloudpickle
 
 from orchestrator import ray_runner
+from orchestrator.account import Account
+from orchestrator.drivers import Driver
 from orchestrator.progress import Progress
 from orchestrator.queue import Queue
 from orchestrator.run import Options
@@ -31,6 +33,9 @@ class Placed:
 
     def __init__(self, *_: object, **__: object) -> None:
         self.precision = "fp32"
+
+    def take_messages(self) -> list[str]:
+        return []
 
     def run_shard(self, shard: Shard) -> Iterator[Row]:
         (HERE / f"placed-{shard.shard_id}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
@@ -50,7 +55,9 @@ def main() -> None:
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, logging_level=logging.ERROR)
     ray.cloudpickle.register_pickle_by_value(ray_runner)
     ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
-    ray_runner.run_on_ray(queue, Store(str(HERE / "store")), Options(gpus=0.5), Progress(4))
+    store = Store(str(HERE / "store"))
+    with Driver(store, "pretended", None, dict) as driver:
+        ray_runner.run_on_ray(Account(store, queue, Progress(4)), store, Options(gpus=0.5), driver)
     print(*sorted(path.read_text() for path in HERE.glob("placed-*")))
 
 

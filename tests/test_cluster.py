@@ -11,6 +11,7 @@ import pytest
 from orchestrator.run import Options, run_sweep
 from storage.store import Store
 from tests.conftest import TINY, Cluster, Prunesweep, command
+from tests.sweeps import committed
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_submit_follow_and_read(cluster: Cluster, beside_models: Path, pruneswee
     assert job.startswith("tiny-") and f"prunesweep logs {job} -f --address {cluster.jobs}" in submitted.stderr
     followed = prunesweep("logs", "tiny", "-f", "--address", cluster.jobs, cwd=beside_models)
     assert followed.returncode == 0, followed.stdout + followed.stderr
-    assert "tiny: all 8 tasks done" in followed.stdout
+    assert "tiny: 8 tasks done, none left" in followed.stdout
     assert "lenet5_mini synthetic conv1 0.2 oracle" in followed.stdout
     corr = prunesweep("corr", "tiny", "-f", "csv", cwd=beside_models)
     assert corr.stdout.splitlines()[1].startswith("lenet5_mini synthetic conv1 0.2 oracle,4,4,2,")
@@ -72,12 +73,11 @@ def test_stop_a_submitted_sweep(cluster: Cluster, beside_models: Path, pruneswee
         time.sleep(0.1)
     stopped = prunesweep("stop", submitted.stdout.strip(), "--address", cluster.jobs, cwd=beside_models)
     assert stopped.returncode == 0 and "stopped" in stopped.stderr, stopped.stderr
-    before = {p.name for p in (beside_models / "results" / "rows").iterdir()}
+    before = committed(store)
     assert 1 <= len(before) < 8
     manifest = store.newest("tiny")
     assert run_sweep(store, manifest, Options(inline=True)).complete
-    after = {p.name for p in (beside_models / "results" / "rows").iterdir()}
-    assert before < after and len(after) == 8
+    assert before < committed(store) and len(committed(store)) == 8
 
 
 def test_submit_without_no_wait_fails_as_the_job_does(

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import main
+from storage.store import Store
 from tests.conftest import TINY, command
+from tests.sweeps import committed, left_over, lose
 
 SLOWER = TINY.replace("epochs: 2, batch_size: 64", "epochs: 30, batch_size: 64")
 
@@ -26,24 +28,24 @@ def start_and_wait_for_rows(folder: Path, *arguments: str) -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ,
+        start_new_session=True,
     )
     for _ in range(3600):
-        if row_files(folder) or process.poll() is not None:
+        if done_rows(folder) or process.poll() is not None:
             break
         time.sleep(0.05)
     return process
 
 
-def row_files(folder: Path) -> dict[str, bytes]:
-    """Name -> content of the row files."""
-    rows = folder / "results" / "rows"
-    return {p.name: p.read_bytes() for p in rows.glob("*.parquet")} if rows.is_dir() else {}
+def done_rows(folder: Path) -> set[tuple[str, str]]:
+    """What is committed so far."""
+    return committed(Store(folder / "results"))
 
 
 def wait_until_quiet(folder: Path) -> None:
     """Until no row has come for three seconds."""
     before = -1
-    while before != (before := len(row_files(folder))):
+    while before != (before := len(done_rows(folder))):
         time.sleep(3)
 
 
@@ -58,13 +60,14 @@ def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int
 
 def finish(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Resume, and check that nothing committed was lost or run again."""
-    before = row_files(folder)
+    before = done_rows(folder)
     assert 1 <= len(before) < 8
     code, _, err = in_process(capsys, "resume", "tiny", "--inline")
     assert code == 0, err
     assert f"{len(before)} done, {8 - len(before)} to run" in err
-    after = row_files(folder)
-    assert len(after) == 8 and before.items() <= after.items()
+    after = done_rows(folder)
+    assert before < after and len(after) == len({task for task, _ in after}) == 8
+    assert left_over(Store(folder / "results")) == []
 
 
 @pytest.fixture
@@ -74,14 +77,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_ctrl_c(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ctrl-C of a run on embedded Ray: exit 130, the command that resumes, no traceback."""
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop(signal_: signal.Signals, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C, in the whole process group as a terminal sends it, and SIGTERM of a run on embedded Ray: within 30 s
+    what was at work is checkpointed, exit 130, the command that resumes, no traceback, nobody left at work."""
     process = start_and_wait_for_rows(here)
-    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    (os.killpg if signal_ is signal.SIGINT else os.kill)(process.pid, signal_)
     out, err = process.communicate(timeout=120)
+    assert time.monotonic() - asked < 30
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
+    assert "stopping: what is finished is committed" in err
     assert "prunesweep resume tiny --store results" in err
+    store = Store(here / "results")
+    assert left_over(store) == [f"scratch/checkpoints/{key}.checkpoint" for key in store.scratch.checkpoints()]
+    assert len(store.scratch.checkpoints()) == 1  # one worker was at one task
     finish(here, capsys)
 
 
@@ -92,14 +103,14 @@ def test_killed_driver(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process.communicate(timeout=120)
     wait_until_quiet(here)  # its workers end with it; one may be committing
     code, _, err = in_process(capsys, "status", "tiny", "-f", "csv")
-    assert code == 0 and "at work" not in err
+    assert code == 0 and "at work" not in err and "0 running" in err
     finish(here, capsys)
 
 
 def test_stop_ends_a_run_of_this_machine(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`stop SWEEP` without a cluster is Ctrl-C from another terminal; a second one finds nothing."""
     process = start_and_wait_for_rows(here, "--inline")
-    assert "at work on" in in_process(capsys, "status", "tiny")[2]
+    assert "a driver is at work on" in in_process(capsys, "status", "tiny")[2]
     assert in_process(capsys, "stop", "tiny")[0] == 0
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -111,18 +122,17 @@ def test_resume_narrows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--where, --failed and --shard run a part of what is unfinished; the exit code is about that part."""
     (here / "tiny.yaml").write_text(TINY)
     assert in_process(capsys, "run", "tiny.yaml", "--inline")[0] == 0
-    for path in (here / "results" / "rows").iterdir():
-        path.unlink()
+    assert len(lose(Store(here / "results"), slice(None))) == 8
     code, _, err = in_process(capsys, "resume", "tiny", "--inline", "--where", "candidate = 1 and seed = 0")
     assert code == 0, err
-    assert "tiny: all 1 tasks done" in err
+    assert "tiny: 1 task done, none left" in err
     assert in_process(capsys, "query", "select candidate, seed from rows", "-f", "jsonl")[1] == (
         '{"candidate": 1, "seed": 0}\n'
     )
     code, _, err = in_process(capsys, "resume", "tiny", "--inline", "--failed")
     assert code == 0 and "none of the others was asked for; nothing to run" in err
-    assert len(row_files(here)) == 1
+    assert len(done_rows(here)) == 1
     shard = in_process(capsys, "query", "select shard from tasks where candidate = 3 limit 1", "-f", "csv")[1]
     assert in_process(capsys, "resume", "tiny", "--inline", "--shard", shard.split()[1])[0] == 0
-    assert len(row_files(here)) == 5
+    assert len(done_rows(here)) == 5
     assert in_process(capsys, "resume", "tiny", "--inline", "--shard", "nosuch")[0] == 2

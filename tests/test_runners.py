@@ -13,9 +13,9 @@ import pytest
 from orchestrator.documents import Document
 from orchestrator.run import Options, Outcome, run_spec, run_sweep
 from storage.records import Row, Task
-from storage.schema import PROVENANCE, SCHEMA, table_to_rows
 from storage.store import Store
 from tests.conftest import TINY, Cluster
+from tests.sweeps import assert_invariants, assert_same, committed, left_over, lose, rows
 
 Run = Callable[..., Outcome]
 
@@ -50,50 +50,30 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     return rows(store)
 
 
-def rows(store: Store) -> dict[str, Row]:
-    return {row.task_id: row for row in table_to_rows(store.row_files()[0])}
-
-
-def assert_same(found: dict[str, Row], reference: dict[str, Row]) -> None:
-    """The same tasks; equal in every column but provenance, bit for bit, and by the same execution."""
-    columns = [name for name in SCHEMA.names if name not in PROVENANCE] + ["execution"]
-    assert found.keys() == reference.keys()
-    for task_id, row in found.items():
-        assert {c: getattr(row, c) for c in columns} == {c: getattr(reference[task_id], c) for c in columns}
-
-
-def test_the_contract(runner: Runner, reference: dict[str, Row], tmp_path: Path) -> None:
+def test_the_contract(
+    runner: Runner, reference: dict[str, Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every task leaves one row, bit for bit that of the other runner; a second run runs nothing; resume
-    runs exactly what is missing; a task that fails leaves a failed row of its own, and can be run again."""
+    runs exactly what is missing, after making damaged dense weights again; and nothing is left over."""
     store = Store(str(tmp_path / "store"))
     assert runner.spec(store, "resources.workers=2") == Outcome("tiny", done=8, failed=0, pending=0)
     table, problems = store.row_files()
     assert (len(table), problems) == (8, [])
     assert_same(rows(store), reference)
-    files = set(Path(store.root, "rows").iterdir())
+    assert left_over(store) == []
+    assert len(store.row_file_names()) == 1
+    before = committed(store)
     assert runner.spec(store).complete  # other resources: the same sweep, all done
-    assert set(Path(store.root, "rows").iterdir()) == files
-    assert not [path for path in Path(store.root).rglob("*") if path.name.endswith(".tmp")]
-    assert not list(Path(store.root, "scratch", "drivers").glob("*"))
+    assert committed(store) == before
 
-    lost = sorted(files)[::3]
-    for path in lost:
-        path.unlink()
+    lost = lose(store, slice(None, None, 3))
+    before = committed(store)
     (dense,) = Path(store.root, "dense").iterdir()
-    good = dense.read_bytes()
-    dense.write_bytes(good[:-1] + b"x")
-    manifest = store.newest("tiny")
-    assert run_sweep(store, manifest, runner.options) == Outcome("tiny", done=5, failed=3, pending=0)
-    failures = store.sql("select error_class, sum(tasks) from failures group by 1").fetchall()
-    assert failures == [("StoreError", 3)]
-
-    dense.write_bytes(good)
-    assert run_sweep(store, manifest, runner.options).complete
-    assert set(Path(store.root, "rows").iterdir()) > files - set(lost)
-    chosen = store.sql("select task_id, attempt from rows where attempt > 1").fetchall()
-    assert len(chosen) == 3
-    done = {row.task_id: row for row in table_to_rows(store.row_files()[0]) if row.status == "done"}
-    assert_same(done, reference)
+    dense.write_bytes(dense.read_bytes()[:-1] + b"x")
+    assert run_sweep(store, store.newest("tiny"), runner.options).complete
+    assert "set aside" in capsys.readouterr().err
+    assert {task_id for task_id, _ in committed(store) - before} == lost
+    assert_invariants(store, "tiny", before, reference)
 
 
 def test_a_dense_model_that_fails_and_two_precisions(runner: Runner, tmp_path: Path) -> None:
@@ -139,7 +119,7 @@ def test_a_task_that_kills_its_process_is_buried_alone(
     assert (outcome.done, outcome.failed, outcome.pending) == (1, 1, 0)
     failed = store.sql("select error_class, candidate from rows where status = 'failed'").fetchall()
     assert failed == [("ProcessDied", 1)]
-    done = {task_id: row for task_id, row in rows(store).items() if row.status == "done"}
+    done = rows(store)
     assert_same(done, {task_id: reference[task_id] for task_id in done})
 
 

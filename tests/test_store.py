@@ -17,9 +17,10 @@ from storage.commit import commit
 from storage.errors import QueryError, StoreError
 from storage.manifest import PlannedTask, planned_tasks
 from storage.records import Task
+from storage.rowfiles import Attempts, Problem
 from storage.schema import table_to_rows
 from storage.sql import run_query
-from storage.store import Problem, Store
+from storage.store import Store
 from tests.rows import L1, NOON, ORACLE, SAMPLED, done, failed, plan, tasks, tree
 
 LOCAL = pafs.LocalFileSystem()
@@ -107,12 +108,12 @@ def test_a_temporary_file_left_by_a_killed_writer_is_no_file_of_the_store(tmp_pa
 def test_a_note_stays_what_it_was(tmp_path: Path) -> None:
     """What was noted first, an execution choice say, is what everyone is told."""
     store = Store(tmp_path)
-    assert store.note("execution/x", {"threads": 1}) == {"threads": 1}
-    assert store.note("execution/x", {"threads": 2}) == {"threads": 1}
-    assert store.notes("execution") == {"execution/x": {"threads": 1}}
-    store.forget("execution/x")
-    store.forget("execution/x")
-    assert store.scratch("execution/x") is None
+    assert store.scratch.note("execution/x", {"threads": 1}) == {"threads": 1}
+    assert store.scratch.note("execution/x", {"threads": 2}) == {"threads": 1}
+    assert store.scratch.notes("execution") == {"execution/x": {"threads": 1}}
+    store.scratch.forget("execution/x")
+    store.scratch.forget("execution/x")
+    assert store.scratch.noted("execution/x") is None
 
 
 # -- rows ---------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def test_statuses_and_attempts(tmp_path: Path) -> None:
     for shard, rows in (("s0", [failed(a), done(a), failed(a)]), ("s0", [failed(b)]), ("s01", [done(c)])):
         store.commit_rows(shard, rows)
     assert store.statuses() == {a.task_id: "done", b.task_id: "failed", c.task_id: "done"}
-    attempts = store.shard_attempts("s0")
+    attempts = Attempts(store, "s0", (a.task_id, b.task_id)).look()
     assert {task: sorted(found) for task, found in attempts.items()} == {
         a.task_id: ["done", "failed", "failed"],
         b.task_id: ["failed"],
@@ -193,7 +194,7 @@ def test_torn_and_foreign_files_are_skipped_and_reported_once(tmp_path: Path) ->
     assert sorted(problem.file for problem in reported) == sorted(f"rows/s0-{stem}.parquet" for stem in damaged)
     assert all(problem.reason and "\n" not in problem.reason for problem in reported)
     assert store.statuses() == {task.task_id: "done"}
-    assert store.shard_attempts("s0") == {task.task_id: ["done"]}
+    assert Attempts(store, "s0", (task.task_id,)).look() == {task.task_id: ["done"]}
 
 
 # -- sweeps -------------------------------------------------------------------------------------------
@@ -272,13 +273,17 @@ def test_the_dense_weights_committed_first_win(tmp_path: Path) -> None:
     assert store.dense_ids() == {"d0", "d00"}
 
 
-def test_damaged_dense_weights_are_a_store_error(tmp_path: Path) -> None:
-    """Weights that are not what their name says are never pruned, and the message says what to do."""
+def test_damaged_dense_weights_do_not_count(tmp_path: Path) -> None:
+    """Weights that are not what their name says are never pruned, and can be set aside."""
     store = Store(tmp_path)
-    name = store.commit_dense("d0", FIRST)
+    name, other = store.commit_dense("d0", FIRST), store.commit_dense("d0", SECOND)
+    os.utime(tmp_path / other, ns=(0, 2 * 10**18))
     (tmp_path / name).write_bytes(FIRST[:-1])
-    with pytest.raises(StoreError, match=rf"{name} are damaged.*delete the file"):
-        store.dense("d0")
+    found = store.dense("d0")
+    assert found is not None and found.content == SECOND
+    assert [problem.file for problem in store.set_damaged_dense_aside("d0")] == [name]
+    assert store.set_damaged_dense_aside("d0") == []
+    assert (store.names("dense"), len(store.names("aside"))) == ([Path(other).name], 1)
 
 
 def test_a_kept_network_is_named_by_its_content(tmp_path: Path) -> None:
@@ -360,7 +365,7 @@ def test_an_object_store_works_like_a_folder(tmp_path: Path) -> None:
     found = store.dense("d0")
     assert found is not None
     assert found.content == FIRST
-    assert [store.note("x/y", {"n": n}) for n in (1, 2)] == [{"n": 1}, {"n": 1}]
+    assert [store.scratch.note("x/y", {"n": n}) for n in (1, 2)] == [{"n": 1}, {"n": 1}]
     query = "select task_id, status from tasks order by position"
     assert store.sql(query).fetchall() == [(t.task_id, s) for t, s in _two()]
     assert (store.sweeps(), store.is_local) == (["mini"], False)

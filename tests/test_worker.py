@@ -22,7 +22,7 @@ from workers.datasets import DATASETS, DataMissing, prepare
 from workers.dense import load_dense
 from workers.streams import generator, seeded, stream_seed
 from workers.training import measure, minibatches
-from workers.worker import Worker
+from workers.worker import PAUSE_AFTER, DenseMissing, MemoryShort, Repeated, Worker
 
 DENSE = Dense("lenet5_mini", "synthetic", Recipe(2, 128, ((0, 0.05),), momentum=0.9, seed=0))
 RETRAIN = Recipe(2, 128, ((0, 0.01), (1, 0.001)), momentum=0.9)
@@ -284,10 +284,58 @@ def test_dense_training_repeats_itself(dense_store: Store, tmp_path: Path) -> No
     assert one is not None and two is not None and one == two
 
 
-def test_missing_dense_weights_fail_the_task(tmp_path: Path) -> None:
-    """A task without its dense model fails by that name; nothing is made up."""
-    row = Worker(Store(str(tmp_path)), "none").attempt(TASK)
-    assert (row.status, row.error_class) == ("failed", "DenseMissing")
+def test_missing_dense_weights_are_no_failure_of_the_task(tmp_path: Path) -> None:
+    """A shard without its dense model ends by that name, before any task: it can be trained again."""
+    store = Store(str(tmp_path))
+    with pytest.raises(DenseMissing):
+        list(Worker(store, "none").run_shard(Shard("s0", (TASK,))))
+    assert store.row_file_names() == []
+
+
+def test_damaged_dense_weights_are_set_aside_and_said(tmp_path: Path, dense_store: Store) -> None:
+    """A dense file that is not what its name says is found by its checksum, and is out of the way at once."""
+    store = Store(str(tmp_path))
+    file = dense_store.dense(DENSE.dense_id)
+    assert file is not None
+    store.commit(file.name, file.content[:-1] + b"x")
+    with pytest.raises(DenseMissing, match=rf"{file.name}: .*does not match.*set aside"):
+        list(Worker(store, "none").run_shard(Shard("s0", (TASK,))))
+    assert (store.names("dense"), len(store.names("aside"))) == ([], 1)
+
+
+def test_memory_that_runs_out_beside_others_is_no_failure_yet(
+    dense_store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever a library calls it: beside others the task is to be run alone, alone it has failed."""
+    store = Store(str(tmp_path))
+    store.commit_dense(DENSE.dense_id, _dense_content(Worker(dense_store, "none")))
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")):
+
+        def eats(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("workers.task.prune_and_measure", eats)
+        with pytest.raises(MemoryShort) as raised:
+            list(Worker(store, "none").run_shard(Shard("s0", (TASK, Task(CELL, 4, 0)))))
+        assert raised.value.args[0] == TASK.task_id
+        (row,) = Worker(store, "none").run_shard(Shard("s0", (TASK,)))
+        assert (row.status, row.error_class) == ("failed", "OutOfMemory")
+
+
+def test_tasks_that_fail_at_one_place_end_their_shard(
+    dense_store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same traceback so many times: each has its failed row, and the others are not tried."""
+    store = Store(str(tmp_path))
+    store.commit_dense(DENSE.dense_id, _dense_content(Worker(dense_store, "none")))
+
+    def broken(task: Task, *_: object) -> None:
+        raise ValueError(f"no such sample: {task.candidate}")
+
+    monkeypatch.setattr("workers.task.prune_and_measure", broken)
+    with pytest.raises(Repeated, match=r"5 tasks failed at the same place: ValueError: no such sample: 4"):
+        list(Worker(store, "none").run_shard(Shard("s0", tuple(Task(CELL, c, 0) for c in range(9)))))
+    assert store.statuses() == {Task(CELL, c, 0).task_id: "failed" for c in range(PAUSE_AFTER)}
 
 
 def test_missing_data_is_never_downloaded(tmp_path: Path) -> None:

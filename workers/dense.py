@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from models import build_model
-from storage.identity import canonical_json
 from workers.datasets import DATASETS
 from workers.streams import seeded
 from workers.training import measure, train
+from workers.weights import packed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from storage.records import Dense
+    from workers.checkpoints import Checkpoint
     from workers.datasets import Data
-
-METADATA = "prunesweep"
-"""The one metadata key of our safetensors files; several would come in no fixed order."""
 
 
 class Diverged(Exception):
@@ -34,16 +31,25 @@ def initial_model(dense: Dense) -> nn.Module:
         return build_model(dense.model, DATASETS[dense.dataset].classes)
 
 
-def train_dense(dense: Dense, data: Data, accelerator: Accelerator, memory_format: str) -> bytes:
+def train_dense(
+    dense: Dense, data: Data, accelerator: Accelerator, memory_format: str, checkpoint: Checkpoint | None = None
+) -> bytes:
     """Train a dense model and return it as the content of a safetensors file.
 
-    The content depends on the weights and what they achieve only. Raises Diverged.
+    The content depends on the weights and what they achieve only. Raises Diverged, or Stopped.
     """
-    from safetensors.torch import save
-
     recipe = dense.recipe
     model = on_device(initial_model(dense), accelerator, memory_format)
-    epochs = train(model, data, recipe, accelerator, dataset=dense.dataset, seed=recipe.seed or 0, stream="dense")
+    epochs = train(
+        model,
+        data,
+        recipe,
+        accelerator,
+        dataset=dense.dataset,
+        seed=recipe.seed or 0,
+        stream="dense",
+        checkpoint=checkpoint,
+    )
     on_train = measure(model, data.train, accelerator)
     if len(epochs) < recipe.epochs or on_train.loss != on_train.loss:
         raise Diverged(f"training {dense.model} on {dense.dataset} diverged in epoch {len(epochs)}")
@@ -53,7 +59,7 @@ def train_dense(dense: Dense, data: Data, accelerator: Accelerator, memory_forma
         "test_loss": epochs[-1].test.loss,
         "test_accuracy": epochs[-1].test.accuracy,
     }
-    return save(portable(model), {METADATA: canonical_json(about)})
+    return packed(model.state_dict(), about)
 
 
 def load_dense(dense: Dense, content: bytes) -> nn.Module:
@@ -68,17 +74,3 @@ def load_dense(dense: Dense, content: bytes) -> nn.Module:
 def on_device(model: nn.Module, accelerator: Accelerator, memory_format: str) -> nn.Module:
     """`model` on the accelerator's device in a memory format, by torch's name of it."""
     return model.to(accelerator.device).to(memory_format=getattr(torch, memory_format))
-
-
-def portable(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of `model` on the CPU and contiguous, as safetensors takes it."""
-    return {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-
-
-def metadata(content: bytes) -> dict[str, object]:
-    """What one of our safetensors files says about itself. Raises ValueError for any other file."""
-    length = int.from_bytes(content[:8], "little")
-    try:
-        return json.loads(json.loads(content[8 : 8 + length])["__metadata__"][METADATA])
-    except (KeyError, ValueError) as error:
-        raise ValueError("not a file that prunesweep wrote") from error

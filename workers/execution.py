@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -56,9 +57,18 @@ def choose_execution(store: Store, shape: tuple[object, ...], device: torch.devi
     """
     model = device_model(device)
     choice = {"backend": "serial", "fleet": 1, "threads": 1, "memory_format": "channels_last"}
-    noted = store.note(f"execution/{digest([list(shape), model])}", choice)
-    versions = tuple(pair for pair in library_versions() if pair[0] in _ARITHMETIC)
-    return Execution(**{key: noted[key] for key in choice}, device_model=model, versions=versions)
+    noted = store.scratch.note(f"execution/{digest([list(shape), model])}", choice)
+    return Execution(**{key: noted[key] for key in choice}, device_model=model, versions=arithmetic_versions())
+
+
+def repeated(recorded: Execution, device: torch.device) -> Execution:
+    """A recorded execution as it can be had on this device, with what is installed here."""
+    return replace(recorded, device_model=device_model(device), versions=arithmetic_versions())
+
+
+def arithmetic_versions() -> tuple[tuple[str, str], ...]:
+    """The versions an execution depends on."""
+    return tuple(pair for pair in library_versions() if pair[0] in _ARITHMETIC)
 
 
 @contextmanager

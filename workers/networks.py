@@ -20,10 +20,7 @@ def network_file(
     state: Mapping[str, torch.Tensor], task: Task, removed: Mapping[str, Sequence[int]], classes: int
 ) -> bytes:
     """The content of a kept network's file: its weights, and what is needed to build it again."""
-    from safetensors.torch import save
-
-    from storage.identity import canonical_json
-    from workers.dense import METADATA
+    from workers.weights import packed
 
     about = {
         "task_id": task.task_id,
@@ -31,7 +28,7 @@ def network_file(
         "classes": classes,
         "removed": {layer: list(units) for layer, units in removed.items()},
     }
-    return save(dict(state), {METADATA: canonical_json(about)})
+    return packed(state, about)
 
 
 def load_network(path: str | os.PathLike[str]) -> nn.Module:
@@ -44,7 +41,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     from safetensors.torch import load
 
     from pruners.surgery import prune
-    from workers.dense import metadata
+    from workers.weights import metadata
 
     content = Path(path).read_bytes()
     about = metadata(content)

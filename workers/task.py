@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,12 +21,14 @@ from pruners.pruners import choose
 from pruners.surgery import prune
 from storage.identity import canonical_json
 from storage.records import Removed, Row, row_for, utc_now
+from workers.checkpoints import State
 from workers.datasets import DATASETS
-from workers.dense import on_device, portable
+from workers.dense import on_device
 from workers.execution import arithmetic, library_versions
 from workers.networks import network_file
 from workers.streams import seeded
 from workers.training import Epoch, measure, train
+from workers.weights import portable
 
 if TYPE_CHECKING:
     from storage.records import Task
@@ -47,13 +49,19 @@ class Pruned:
 
 
 def run_task(task: Task, worker: Worker, *, keep: str = "none", attempt: int = 1) -> Row:
-    """Run `task` and return its row, status `done`. Whatever goes wrong is raised."""
+    """Run `task` and return its row, status `done`; its network is in the store. Whatever goes wrong is raised."""
+    row, network = run_and_return(task, worker, keep=keep, attempt=attempt)
+    return row if network is None else replace(row, kept_network=worker.store.commit_network(task.task_id, network))
+
+
+def run_and_return(task: Task, worker: Worker, *, keep: str = "none", attempt: int = 1) -> tuple[Row, bytes | None]:
+    """Run `task`; its row, and the content of its network's file if one is kept. Nothing is written."""
     started = utc_now()
     dense = worker.dense(task.cell.dense)
     execution = worker.execution(task.cell)
     with arithmetic(execution):
         before, seconds_prune = timed(lambda: prune_and_measure(task, dense, worker))
-        after, seconds_retrain = timed(lambda: retrain_and_measure(task, before, worker, keep))
+        (after, network), seconds_retrain = timed(lambda: retrain_and_measure(task, before, worker, keep))
     where = provenance(attempt) | {
         "execution": execution.json,
         "device": str(worker.accelerator.device),
@@ -65,7 +73,7 @@ def run_task(task: Task, worker: Worker, *, keep: str = "none", attempt: int = 1
         "started_at": started,
         "finished_at": utc_now(),
     }
-    return row_for(task, "done", {**before.measured, **after, **where, **times})
+    return row_for(task, "done", {**before.measured, **after, **where, **times}), network
 
 
 def timed(work: Any) -> tuple[Any, float]:
@@ -144,10 +152,11 @@ def scores(weights: Mapping[str, torch.Tensor], removed: Mapping[str, tuple[int,
     }
 
 
-def retrain_and_measure(task: Task, before: Pruned, worker: Worker, keep: str) -> dict[str, Any]:
-    """Retrain the pruned network; the columns of the row that this fills."""
+def retrain_and_measure(task: Task, before: Pruned, worker: Worker, keep: str) -> tuple[dict[str, Any], bytes | None]:
+    """Retrain the pruned network; the columns of the row that this fills, and the kept network's file."""
     cell, network = task.cell, before.network
     kept = Keeper(network, keep)
+    start = {"execution": worker.execution(cell).json, "dense_sha256": before.measured["dense_sha256"], "keep": keep}
     epochs = train(
         network,
         worker.data(cell.dense),
@@ -156,17 +165,16 @@ def retrain_and_measure(task: Task, before: Pruned, worker: Worker, keep: str) -
         dataset=cell.dense.dataset,
         seed=task.seed,
         stream="retrain",
-        on_epoch=kept.see,
+        watcher=kept,
+        checkpoint=worker.checkpoint(task.task_id, start),
     )
     columns = curves(epochs, cell.retrain.epochs) | outcome(epochs, cell.retrain.epochs)
     if not columns["diverged"]:
         last = measure(network, worker.loss_set(cell), worker.accelerator)
         columns["last_train_loss"] = last.loss
-    if kept.state is not None:
-        classes = DATASETS[cell.dense.dataset].classes
-        content = network_file(kept.state, task, before.removed, classes)
-        columns["kept_network"] = worker.store.commit_network(task.task_id, content)
-    return columns
+    if kept.weights is None:
+        return columns, None
+    return columns, network_file(kept.weights, task, before.removed, DATASETS[cell.dense.dataset].classes)
 
 
 class Keeper:
@@ -175,14 +183,22 @@ class Keeper:
     def __init__(self, network: nn.Module, keep: str) -> None:
         self.network, self.keep = network, keep
         self.best = -1.0
-        self.state: dict[str, torch.Tensor] | None = None
+        self.weights: dict[str, torch.Tensor] | None = None
 
     def see(self, epoch: Epoch) -> None:
         finite = math.isfinite(epoch.test.loss)
         if not finite or self.keep == "none" or (self.keep == "best" and epoch.test.accuracy <= self.best):
             return
         self.best = epoch.test.accuracy
-        self.state = {name: t.clone() for name, t in portable(self.network).items()}
+        self.weights = portable(self.network)
+
+    def state(self) -> State:
+        """What it holds, for a checkpoint."""
+        return State(self.weights or {}, {"best": self.best})
+
+    def restore(self, state: State) -> None:
+        """Hold what was held then."""
+        self.weights, self.best = dict(state.tensors) or None, state.values["best"]
 
 
 def curves(epochs: Sequence[Epoch], planned: int) -> dict[str, Any]:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from workers.checkpoints import (
+    Checkpoint,
+    State,
+    generators,
+    optimizer_state,
+    part,
+    prefixed,
+    restore_generators,
+    restore_optimizer,
+)
 from workers.datasets import Data, Split
-from workers.streams import generator
+from workers.streams import generator, seeded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,6 +91,24 @@ def minibatches(n: int, batch_size: int, dataset: str, seed: int, stream: str) -
     yield from order.split(batch_size)
 
 
+class Watcher(Protocol):
+    """What is told of each epoch of a training, and goes into its checkpoint."""
+
+    def see(self, epoch: Epoch) -> None: ...
+
+    def state(self) -> State: ...
+
+    def restore(self, state: State) -> None: ...
+
+
+@dataclass
+class _Position:
+    """Where a training stands: epochs behind it, and within the one it is at the losses so far."""
+
+    epochs: list[Epoch]
+    losses: list[torch.Tensor]
+
+
 def train(
     model: nn.Module,
     data: Data,
@@ -89,31 +118,89 @@ def train(
     dataset: str,
     seed: int,
     stream: str,
-    on_epoch: Callable[[Epoch], None] = lambda _: None,
+    watcher: Watcher | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Epoch]:
     """Train `model` in place and return its epochs; they end early where the loss left the finite.
 
-    `stream` names the minibatches: those of dense training are not those of any retraining.
+    `stream` names the minibatches: those of dense training are not those of any retraining. With a
+    `checkpoint` it goes on from there, on a CPU to the very bits of a training that never stopped.
+    Raises Stopped where the checkpoint says so.
     """
     net, optimizer = _prepared(model, optimizer_of(model, recipe), accelerator)
     if accelerator.scaler is not None:
         # One scaler per process: without this the last task's scale would be this one's.
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
-    epochs: list[Epoch] = []
-    for done in range(recipe.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr_at(done)
-        batches = minibatches(len(data.train), recipe.batch_size, dataset, seed, f"{stream}/{done}")
-        train_loss = _epoch(net, optimizer, data.train, batches, accelerator)
-        test = measure(net, data.test, accelerator)
-        validation = measure(net, data.validation, accelerator) if len(data.validation) else None
-        epochs.append(Epoch(done + 1, train_loss, test, validation))
-        on_epoch(epochs[-1])
-        if not (math.isfinite(train_loss) and math.isfinite(test.loss)):
-            break
+    at = _Position([], [])
+    with seeded(dataset, seed, f"layers/{stream}"):  # dropout and the like draw from the global generators
+        saved = checkpoint.load() if checkpoint else None
+        if saved is not None:
+            at = _restored(saved, model, optimizer, accelerator, watcher)
+        finite = True
+        while len(at.epochs) < recipe.epochs and finite:
+            done = len(at.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at(done)
+            batches = minibatches(len(data.train), recipe.batch_size, dataset, seed, f"{stream}/{done}")
+            net.train()
+            for indices in islice(batches, len(at.losses), None):
+                if checkpoint is not None and checkpoint.due():
+                    checkpoint.save(_state(at, model, optimizer, accelerator, watcher))
+                at.losses.append(_step(net, optimizer, data.train, indices, accelerator))
+            train_loss = torch.stack(at.losses).double().mean().item()
+            test = measure(net, data.test, accelerator)
+            validation = measure(net, data.validation, accelerator) if len(data.validation) else None
+            at = _Position([*at.epochs, Epoch(done + 1, train_loss, test, validation)], [])
+            if watcher is not None:
+                watcher.see(at.epochs[-1])
+            finite = math.isfinite(train_loss) and math.isfinite(test.loss)
     if net is not model or accelerator.scaler is not None:
         accelerator.free_memory()
-    return epochs
+    return at.epochs
+
+
+def _state(at: _Position, model: nn.Module, optimizer: Any, accelerator: Accelerator, watcher: Watcher | None) -> State:
+    """All that a training needs to go on from where it stands."""
+    held, drawn = optimizer_state(_inner(optimizer)), generators()
+    seen = watcher.state() if watcher else State({}, {})
+    losses = {"losses": torch.stack(at.losses)} if at.losses else {}
+    tensors = prefixed(
+        model=model.state_dict(), optimizer=held.tensors, generators=drawn.tensors, watcher=seen.tensors, epoch=losses
+    )
+    values = {
+        "epochs": [asdict(epoch) for epoch in at.epochs],
+        "optimizer": held.values,
+        "generators": drawn.values,
+        "watcher": seen.values,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+    }
+    return State(tensors, values)
+
+
+def _restored(
+    saved: State, model: nn.Module, optimizer: Any, accelerator: Accelerator, watcher: Watcher | None
+) -> _Position:
+    """Put everything where `saved` was taken."""
+    tensors, values = saved.tensors, saved.values
+    model.load_state_dict(part(tensors, "model"))
+    restore_optimizer(_inner(optimizer), State(part(tensors, "optimizer"), values["optimizer"]))
+    restore_generators(State(part(tensors, "generators"), values["generators"]))
+    if watcher is not None:
+        watcher.restore(State(part(tensors, "watcher"), values["watcher"]))
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(values["scaler"])
+    losses = part(tensors, "epoch").get("losses")
+    epochs = [Epoch(**(e | _measures(e))) for e in values["epochs"]]
+    return _Position(epochs, [] if losses is None else list(losses.to(accelerator.device).unbind()))
+
+
+def _measures(epoch: Mapping[str, Any]) -> dict[str, Measure | None]:
+    return {name: Measure(**epoch[name]) if epoch[name] else None for name in ("test", "validation")}
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """Torch's optimizer, out of Accelerate's wrapper where there is one."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _prepared(
@@ -129,22 +216,18 @@ def _prepared(
     return accelerator.prepare(model, optimizer)
 
 
-def _epoch(
+def _step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     train_split: Split,
-    batches: Iterable[torch.Tensor],
+    indices: torch.Tensor,
     accelerator: Accelerator,
-) -> float:
-    """One pass over the train set; the mean of the minibatch losses."""
-    net.train()
-    losses: list[torch.Tensor] = []
-    for indices in batches:
-        batch = train_split.at(indices.to(train_split.labels.device))
-        with accelerator.autocast():
-            loss = F.cross_entropy(net(batch.images), batch.labels)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).double().mean().item()
+) -> torch.Tensor:
+    """One step on one minibatch; its mean loss."""
+    batch = train_split.at(indices.to(train_split.labels.device))
+    with accelerator.autocast():
+        loss = F.cross_entropy(net(batch.images), batch.labels)
+    optimizer.zero_grad()
+    accelerator.backward(loss)
+    optimizer.step()
+    return loss.detach()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from storage.errors import StoreError
 from storage.records import Row, row_for, utc_now
+from storage.rowfiles import Attempts
+from workers.pulse import Stopped
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +23,18 @@ if TYPE_CHECKING:
 
     from storage.records import Cell, Dense, Execution, Shard, Task
     from storage.store import Store
+    from workers.checkpoints import Checkpoint
     from workers.datasets import Data, Split
+    from workers.pulse import Pulse
 
 LOOK_AGAIN_SECONDS = 5.0
 """How old a worker's knowledge of what others have done may be when it starts a task."""
+
+PAUSE_AFTER = 5
+"""So many tasks of a cell that fail at the same place pause the cell."""
+
+OUT_OF_MEMORY = "OutOfMemory"
+"""The error class of a task that ran out of memory alone, whatever the library called it."""
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Our names of a precision -> Accelerate's."""
@@ -32,7 +45,15 @@ class PrecisionMissing(Exception):
 
 
 class DenseMissing(Exception):
-    """The dense weights a task starts from are not in the store."""
+    """The dense weights a task starts from are not in the store, or were damaged."""
+
+
+class MemoryShort(Exception):
+    """A task ran out of memory beside others: (task id, the error's message)."""
+
+
+class Repeated(Exception):
+    """Tasks of one cell fail one after the other at the same place."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +70,27 @@ class DenseModel:
 
 
 class Worker:
-    """What one process holds between tasks: the prepared data sets and the dense models."""
+    """What one process holds between tasks: the prepared data sets and the dense models.
 
-    def __init__(self, store: Store, data_root: str, precision: str = "fp32", *, cpu: bool = False) -> None:
+    With a `pulse` it shows what it is at, heeds limits and the wish to stop, and checkpoints. `fixed` is
+    an execution to repeat, in place of the one the store has for a shape.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        data_root: str,
+        precision: str = "fp32",
+        *,
+        cpu: bool = False,
+        pulse: Pulse | None = None,
+        fixed: Execution | None = None,
+    ) -> None:
         self.store, self.data_root, self.precision, self.cpu = store, data_root, precision, cpu
+        self.pulse, self.fixed = pulse, fixed
+        self.messages: list[str] = []
         self._cache: dict[tuple[Any, ...], Any] = {}
+        self._checkpoint: Checkpoint | None = None
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -69,33 +106,56 @@ class Worker:
     def run_shard(self, shard: Shard) -> Iterator[Row]:
         """Run what the store does not have yet of a shard; each row is durable when it is yielded.
 
-        A task that fails leaves a failed row. A dense model that fails raises.
+        A task that fails leaves a failed row. Raises what is no task's own: Stopped, DenseMissing, StoreError,
+        Diverged of a dense model, MemoryShort for a task to be run alone, Repeated.
         """
         if shard.dense:
-            self.train_dense(shard.dense)
+            with self._at(shard, shard.dense.dense_id):
+                self.train_dense(shard.dense)
             return
-        looked = -LOOK_AGAIN_SECONDS
-        attempts: dict[str, list[str]] = {}
+        with self._at(shard, None):
+            self.dense(shard.needs)
+        known = Attempts(self.store, shard.filed_under, (task.task_id for task in shard.tasks))
+        attempts, looked = known.look(), time.monotonic()
+        failures: Counter[str] = Counter()
         for task in shard.tasks:
+            if self.pulse and self.pulse.stop.is_set():
+                raise Stopped
             if time.monotonic() - looked >= LOOK_AGAIN_SECONDS:
                 # Another driver may be at the same shard.
-                attempts, looked = self.store.shard_attempts(shard.filed_under), time.monotonic()
+                attempts, looked = known.look(), time.monotonic()
             statuses = attempts.get(task.task_id, [])
-            if "done" not in statuses:
-                row = self.attempt(task, keep=shard.keep, attempt=len(statuses) + 1)
+            if "done" in statuses:
+                continue
+            with self._at(shard, task.task_id):
+                alone = len(shard.tasks) == 1
+                row = self.attempt(task, keep=shard.keep, attempt=len(statuses) + 1, alone=alone)
                 self.store.commit_rows(shard.filed_under, [row])
-                yield row
+                self._drop_checkpoint()
+            yield row
+            if row.status == "failed":
+                failures[where_it_failed(row)] += 1
+                if failures[where_it_failed(row)] == PAUSE_AFTER:
+                    raise Repeated(f"{PAUSE_AFTER} tasks failed at the same place: {last_line(row.error)}")
 
-    def attempt(self, task: Task, *, keep: str = "none", attempt: int = 1) -> Row:
-        """The row of `task`: done, or failed with the error's class and traceback."""
+    def attempt(self, task: Task, *, keep: str = "none", attempt: int = 1, alone: bool = True) -> Row:
+        """The row of `task`: done, or failed with the error's class and traceback.
+
+        Memory that runs out is the task's own failure only where it ran `alone`; else MemoryShort is raised.
+        """
         from workers.task import provenance, run_task
 
         started = utc_now()
         try:
             return run_task(task, self, keep=keep, attempt=attempt)
+        except (Stopped, StoreError, DenseMissing):
+            raise
         except Exception as error:
+            short = is_memory_short(error)
+            if short and not alone:
+                raise MemoryShort(task.task_id, str(error)) from None
             what = {
-                "error_class": type(error).__name__,
+                "error_class": OUT_OF_MEMORY if short else type(error).__name__,
                 "error": traceback.format_exc(),
                 "started_at": started,
                 "finished_at": utc_now(),
@@ -103,17 +163,50 @@ class Worker:
             return row_for(task, "failed", provenance(attempt) | what)
 
     def train_dense(self, dense: Dense) -> None:
-        """Train a dense model and keep it, unless the store has it."""
+        """Train a dense model and keep it, unless the store has it. Raises Diverged, or Stopped."""
         from workers.dense import train_dense
         from workers.execution import arithmetic, choose_execution
 
         if self.store.dense(dense.dense_id) is not None:
             return
+        self._set_damaged_aside(dense)  # what is there would be in the way of the same name
         shape = (dense.model, dense.dataset, dense.recipe.batch_size, "dense")
         execution = choose_execution(self.store, shape, self.accelerator.device)
+        checkpoint = self.checkpoint(dense.dense_id, {"execution": execution.json})
         with arithmetic(execution):
-            content = train_dense(dense, self.data(dense), self.accelerator, execution.memory_format)
+            content = train_dense(dense, self.data(dense), self.accelerator, execution.memory_format, checkpoint)
         self.store.commit_dense(dense.dense_id, content)
+        self._drop_checkpoint()
+
+    def take_messages(self) -> list[str]:
+        """What the person should know, since the last time."""
+        taken, self.messages = self.messages, []
+        return taken
+
+    # -- what a pulse adds -------------------------------------------------------------------------
+
+    def _at(self, shard: Shard, key: str | None) -> AbstractContextManager[None]:
+        """While this lasts the pulse shows the task, or the dense model, and holds a task to its limits."""
+        return self.pulse.at(shard.shard_id, key, limited=shard.dense is None) if self.pulse else nullcontext()
+
+    def checkpoint(self, key: str, about: Mapping[str, Any]) -> Checkpoint | None:
+        """The checkpoint of the training that begins; none without a pulse."""
+        from workers.checkpoints import Checkpoint
+
+        if self.pulse is None:
+            return None
+        seconds, stop = self.pulse.limits.checkpoint_seconds, self.pulse.stop.is_set
+        self._checkpoint = Checkpoint(self.store.scratch, key, about, seconds, stop, self._report)
+        return self._checkpoint
+
+    def _report(self, message: str) -> None:
+        self.messages.append(message)
+
+    def _drop_checkpoint(self) -> None:
+        """Its row is committed: the last training's checkpoint goes."""
+        if self._checkpoint is not None:
+            self._checkpoint.drop()
+        self._checkpoint = None
 
     # -- what tasks share, made once per process ---------------------------------------------------
 
@@ -123,16 +216,21 @@ class Worker:
         return self._cache[key]
 
     def dense(self, dense: Dense) -> DenseModel:
-        """The dense model from the store. Raises DenseMissing."""
+        """The dense model from the store. Raises DenseMissing; weights that are damaged are set aside."""
         from workers.dense import load_dense
 
         def make() -> DenseModel:
             file = self.store.dense(dense.dense_id)
             if file is None:
-                raise DenseMissing(f"no weights dense/{dense.dense_id}-*; `resume` trains them")
+                raise DenseMissing(self._set_damaged_aside(dense))
             return DenseModel(load_dense(dense, file.content), file.sha256)
 
         return self._once(("dense", dense.dense_id), make)
+
+    def _set_damaged_aside(self, dense: Dense) -> str:
+        """Move weights that are not what their name says out of the way; which, in words."""
+        damaged = self.store.set_damaged_dense_aside(dense.dense_id)
+        return "; ".join(f"{p.file}: {p.reason}; it is set aside" for p in damaged)
 
     def data(self, dense: Dense) -> Data:
         """The prepared data set a dense model and all that is pruned from it are trained on."""
@@ -162,8 +260,10 @@ class Worker:
         """How tasks of this shape are computed here."""
         from models import layer_units
         from pruners.candidates import n_removed
-        from workers.execution import choose_execution
+        from workers.execution import choose_execution, repeated
 
+        if self.fixed:
+            return repeated(self.fixed, self.accelerator.device)
         units = layer_units(cell.dense.model)
         removed = tuple(n_removed(units[name], ratio) for name, ratio in cell.layers)
         names = tuple(name for name, _ in cell.layers)
@@ -204,3 +304,23 @@ def count(network: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(example)
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the machine or of the device."""
+    import torch
+
+    said = str(error).lower()
+    by_torch = isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    return by_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def where_it_failed(row: Row) -> str:
+    """A failed row's error class and the lines of its traceback, without what differs from task to task."""
+    frames = [line.strip() for line in (row.error or "").splitlines() if line.startswith("  File ")]
+    return "\n".join([str(row.error_class), *frames])
+
+
+def last_line(text: str | None) -> str:
+    """A traceback's last line: what went wrong."""
+    return (text or "").strip().splitlines()[-1] if (text or "").strip() else ""

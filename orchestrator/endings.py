@@ -1,0 +1,68 @@
+"""How a shard's run ended, as a worker or the driver tells it. What follows is the queue's decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from storage.errors import StoreError
+from workers.pulse import MEMORY, TIME, Stopped
+from workers.worker import DenseMissing, MemoryShort, Repeated
+
+
+class End(StrEnum):
+    """The kinds of ending. The first seven are told by the worker, the others are seen by the driver."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    NO_DENSE = "no dense weights"
+    NO_MEMORY = "no memory"
+    REPEATED = "repeated"
+    STORE = "store"
+    ERROR = "error"
+    TIME = "time"
+    DIED = "died"
+    PREEMPTED = "preempted"
+    NOT_STARTED = "not started"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The kind, why, and the task the worker was at, where that is known."""
+
+    kind: End
+    reason: str = ""
+    task: str | None = None
+
+
+def told(error: Exception) -> Ending:
+    """The ending that `Worker.run_shard` tells by raising `error`."""
+    match error:
+        case Stopped():
+            return Ending(End.STOPPED)
+        case DenseMissing():
+            return Ending(End.NO_DENSE, str(error))
+        case MemoryShort():
+            task, said = error.args
+            return Ending(End.NO_MEMORY, said, task)
+        case Repeated():
+            return Ending(End.REPEATED, str(error))
+        case StoreError():
+            return Ending(End.STORE, str(error))
+        case _:
+            return Ending(End.ERROR, f"{type(error).__name__}: {error}")
+
+
+def seen(note: dict[str, object] | None, reason: str, *, preempted: bool = False, memory: bool = False) -> Ending:
+    """The ending of a shard whose process is gone: `note` is the last it showed, None if it never began."""
+    if preempted:
+        return Ending(End.PREEMPTED, reason)
+    if note is None:
+        return Ending(End.NOT_STARTED, reason)
+    task = note.get("task")
+    at = task if isinstance(task, str) else None
+    if note.get("verdict") == TIME:
+        return Ending(End.TIME, reason, at)
+    if memory or note.get("verdict") == MEMORY:
+        return Ending(End.NO_MEMORY, reason, at)
+    return Ending(End.DIED, reason, at)

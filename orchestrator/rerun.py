@@ -1,0 +1,91 @@
+"""One task again, with the execution its row recorded, and how what it gives compares with the row."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import UserError
+from storage.records import Execution, Row
+from storage.schema import COLUMNS, PROVENANCE, SCHEMA, rows_to_table, table_to_rows
+
+if TYPE_CHECKING:
+    from storage.store import Store
+
+BEFORE_RETRAINING = frozenset(
+    name for group in ("identity", "size", "before retraining", "criterion scores") for name in COLUMNS[group]
+)
+NEAR = 1e-5
+"""With another execution the columns before retraining agree to rounding: this, relatively, in float32."""
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A task run again: its rows then and now, the columns that differ, what differs in the execution, and
+    the content of the network's file."""
+
+    then: Row
+    now: Row
+    differing: tuple[str, ...]
+    execution: dict[str, tuple[Any, Any]]
+    network: bytes | None
+
+    @property
+    def same(self) -> bool:
+        """Equal bit for bit; or, with another execution, what comes before retraining is, to rounding."""
+        if not self.execution:
+            return not self.differing
+        return all(_near(getattr(self.then, c), getattr(self.now, c)) for c in self.differing if c in BEFORE_RETRAINING)
+
+
+def find_row(store: Store, task_id: str) -> Row:
+    """The row, status done, of the one task whose id begins so. Raises UserError."""
+    from storage.sql import connection, quoted
+
+    with connection(store) as con:
+        query = f"select * from rows where starts_with(task_id, {quoted(task_id)}) limit 2"
+        found = table_to_rows(con.sql(query).to_arrow_table().cast(SCHEMA))
+    if not found:
+        raise UserError(f"no task {task_id} has a row in {store.location}: see the view `rows` with `prunesweep query`")
+    if len(found) > 1:
+        raise UserError(f"several tasks begin with {task_id}: give more of the id, as {found[0].task_id}")
+    (row,) = found
+    if row.status != "done":
+        raise UserError(f"task {row.task_id} failed ({row.error_class}): it has no measurements to compare with")
+    return row
+
+
+def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
+    """Run a row's task again in this process. Writes no row; `keep` (last, best or none) says which network to return.
+
+    Raises UserError where its dense weights are not those of the row, or this device lacks the precision.
+    """
+    from workers.task import run_and_return
+    from workers.worker import DenseMissing, PrecisionMissing, Worker
+
+    task, recorded = row.task(), Execution.from_json(str(row.execution))
+    worker = Worker(store, data_root, task.cell.precision, cpu=row.device == "cpu", fixed=recorded)
+    try:
+        if worker.dense(task.cell.dense).sha256 != row.dense_sha256:
+            raise UserError(f"task {row.task_id} was pruned from other dense weights than the store has now")
+        now, network = run_and_return(task, worker, keep=keep)
+    except (DenseMissing, PrecisionMissing) as error:
+        raise UserError(f"task {row.task_id} cannot be run here: {error or 'its dense weights are gone'}") from error
+    (now,) = table_to_rows(rows_to_table([now]))  # curves are rounded to float32 on their way into a file
+    columns = [name for name in SCHEMA.names if name not in PROVENANCE]
+    differing = tuple(name for name in columns if not _equal(getattr(row, name), getattr(now, name)))
+    then, today = json.loads(recorded.json), json.loads(str(now.execution))
+    changed = {key: (then[key], today[key]) for key in today if then[key] != today[key]}
+    return Rerun(row, now, differing, changed, network)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equality in which NaN equals itself."""
+    return a == b or (a != a and b != b)
+
+
+def _near(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return _equal(a, b) or abs(a - b) <= NEAR * max(abs(a), abs(b))
+    return _equal(a, b)

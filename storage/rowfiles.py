@@ -1,0 +1,240 @@
+"""Reading rows/ while others write and compact, and compaction itself.
+
+A row file is never changed. Compaction copies the rows of many files into one, each with the name of
+the file it was committed in, its origin, and removes those files once the copy is durable. So a reader
+may meet a row's origin, its copy, or both, and counts it once: an origin whose rows are in a compacted
+file is left out, and of two compacted files with the same origin the first by name counts. A file that
+vanishes while it is read, or a compaction that ends meanwhile, makes the reader look again.
+"""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage.errors import StoreError
+from storage.schema import SCHEMA, conform
+
+if TYPE_CHECKING:
+    from storage.store import Store
+
+T = TypeVar("T")
+
+ORIGIN = "file"
+"""The column of a compacted file that names the file each row was committed in."""
+
+ROW_FILES_SCHEMA = SCHEMA.append(pa.field(ORIGIN, pa.string()))
+COMPACTED = "compact-"
+COMPACTED_ROWS = 50_000
+"""A compacted file of this many rows is left as it is; what is written has no more, but for one origin's."""
+
+ATTEMPTS_COLUMNS = ("task_id", "status")
+LOOKS = 100
+"""How often a reader looks again before it gives up: each time, a compaction has ended meanwhile."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is not what its place promises, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did: files merged into how many of how many rows, and files set aside."""
+
+    merged: int
+    written: int
+    rows: int
+    aside: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The row files at one time, read: name -> its rows, or what is wrong with it."""
+
+    read: dict[str, pa.Table | Problem]
+
+    @property
+    def tables(self) -> dict[str, pa.Table]:
+        return {name: found for name, found in self.read.items() if not isinstance(found, Problem)}
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [found for found in self.read.values() if isinstance(found, Problem)]
+
+
+def _all(_: str) -> bool:
+    return True
+
+
+def is_compacted(name: str) -> bool:
+    """Whether a row file was written by compaction."""
+    return name.removeprefix("rows/").startswith(COMPACTED)
+
+
+def valid_rows(store: Store) -> tuple[pa.Table, list[Problem]]:
+    """Every valid row once, with its origin, in ROW_FILES_SCHEMA; and the files that have none."""
+    listing = look(store, _all, lambda name: row_file(store, name))
+    return pa.concat_tables([ROW_FILES_SCHEMA.empty_table(), *counted_once(listing.tables).values()]), listing.problems
+
+
+def look(store: Store, wanted: Callable[[str], bool], read: Callable[[str], pa.Table | Problem]) -> Listing:
+    """The row files `wanted` by name, each `read`, as they were at one moment.
+
+    Files may be compacted while we read. Whatever was committed before we began is found all the same:
+    if a file is gone when it is read, or a compacted one has come or gone since the first listing, all
+    is read again.
+    """
+    for _ in range(LOOKS):
+        names = [name for name in store.row_file_names() if wanted(name) or is_compacted(name)]
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                found = dict(zip(names, pool.map(read, names), strict=True))
+        except FileNotFoundError:
+            continue
+        if _compacted(names) == _compacted(store.row_file_names()):
+            return Listing(found)
+    raise StoreError(f"the row files of {store.location} change faster than they can be read")
+
+
+def _compacted(names: Iterable[str]) -> set[str]:
+    return {name for name in names if is_compacted(name)}
+
+
+def counted_once(tables: dict[str, pa.Table]) -> dict[str, pa.Table]:
+    """`tables` (file -> rows with their origin) without the rows that an earlier one has: compacted files
+    first, by name."""
+    seen: set[str] = set()
+    kept: dict[str, pa.Table] = {}
+    for name in sorted(tables, key=lambda name: (not is_compacted(name), name)):
+        table = tables[name]
+        origins = set(table[ORIGIN].unique().to_pylist()) if is_compacted(name) else {name}
+        twice = origins & seen
+        if twice:
+            table = table.filter(pc.call_function("invert", [_is_in(table[ORIGIN], pa.array(sorted(twice)))]))
+        kept[name] = table
+        seen |= origins
+    return kept
+
+
+def _is_in(values: pa.ChunkedArray, these: pa.Array) -> pa.ChunkedArray:
+    return pc.call_function("is_in", [values], pc.SetLookupOptions(these))
+
+
+def row_file(store: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table | Problem:
+    """The rows of one file in the pinned schema with their origin, all columns or some.
+
+    Raises FileNotFoundError where it is gone, StoreError where it cannot be read now.
+    """
+    content = store.read(name)
+    try:
+        # As a whole: the checksum of every page is looked at, not only of those wanted.
+        table = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True).read()
+        if is_compacted(name) and (ORIGIN not in table.column_names or table[ORIGIN].null_count):
+            raise ValueError(f"no column {ORIGIN}")
+        origin = table[ORIGIN].cast(pa.string()) if is_compacted(name) else pa.array([name] * len(table), pa.string())
+        whole = conform(table).append_column(ORIGIN, origin)
+    except (pa.ArrowException, ValueError, OSError, KeyError) as error:
+        return Problem(name, str(error).splitlines()[0] if str(error) else type(error).__name__)
+    return whole.select([*columns, ORIGIN]) if columns else whole
+
+
+class Attempts:
+    """What a shard's tasks have been through, by any driver: looked at before each task, each file once."""
+
+    def __init__(self, store: Store, shard_id: str, task_ids: Iterable[str]) -> None:
+        self._store, self._prefix = store, f"rows/{shard_id}-"
+        self._tasks = pa.array(sorted(task_ids), pa.string())
+        self._read: dict[str, pa.Table | Problem] = {}
+
+    def look(self) -> dict[str, list[str]]:
+        """task id -> the statuses of its rows, for those of the tasks that have any."""
+        listing = look(self._store, lambda name: name.startswith(self._prefix), self._rows)
+        statuses: dict[str, list[str]] = {}
+        for table in counted_once(listing.tables).values():
+            for task_id, status in zip(*(table[c].to_pylist() for c in ATTEMPTS_COLUMNS), strict=True):
+                statuses.setdefault(task_id, []).append(status)
+        return statuses
+
+    def _rows(self, name: str) -> pa.Table | Problem:
+        if name not in self._read:
+            found = row_file(self._store, name, ATTEMPTS_COLUMNS)
+            if not isinstance(found, Problem):
+                found = found.filter(_is_in(found["task_id"], self._tasks))
+            self._read[name] = found
+        return self._read[name]
+
+
+# -- compaction ---------------------------------------------------------------------------------------
+
+
+def compact(store: Store) -> Compaction:
+    """Merge the row files, and set aside what is none. Safe to kill at any step, and beside anything.
+
+    What a killed compaction left is finished by the next: files whose rows are copied already go.
+    """
+    listing = look(store, _all, lambda name: row_file(store, name))
+    aside = tuple(set_aside(store, problem) for problem in listing.problems)
+    full = {n for n, table in listing.tables.items() if is_compacted(n) and len(table) >= COMPACTED_ROWS}
+    small = [name for name in listing.tables if name not in full]
+    if len(small) < 2 and all(is_compacted(name) for name in small):
+        return Compaction(0, 0, 0, aside)
+    once = counted_once(listing.tables)
+    written = rows = 0
+    for group in _groups([once[name] for name in small]):
+        table = pa.concat_tables(group)
+        if len(table):
+            _write(store, table)
+            written, rows = written + 1, rows + len(table)
+    for name in small:
+        store.delete(name)
+    return Compaction(len(small), written, rows, aside)
+
+
+def _groups(tables: list[pa.Table]) -> list[list[pa.Table]]:
+    """The tables in groups of at most COMPACTED_ROWS rows; none is split."""
+    groups: list[list[pa.Table]] = [[]]
+    size = 0
+    for table in tables:
+        if groups[-1] and size + len(table) > COMPACTED_ROWS:
+            groups.append([])
+            size = 0
+        groups[-1].append(table)
+        size += len(table)
+    return groups
+
+
+def _write(store: Store, table: pa.Table) -> None:
+    """Make `table` durable as one compacted file, and make sure that it reads back as it is."""
+    content = parquet(table.sort_by([(name, "ascending") for name in ("cell_id", "candidate", "seed", ORIGIN)]))
+    name = f"rows/{COMPACTED}{uuid.uuid4().hex}.parquet"
+    store.commit(name, content)
+    found = row_file(store, name)
+    if isinstance(found, Problem) or len(found) != len(table) or store.read(name) != content:
+        store.delete(name)
+        raise StoreError(f"{name} did not read back as it was written: nothing was removed")
+
+
+def parquet(table: pa.Table) -> bytes:
+    """`table` as a Parquet file with a checksum on every page."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def set_aside(store: Store, problem: Problem) -> Problem:
+    """Move a file that is none of ours out of the readers' way, into aside/."""
+    stem = problem.file.replace("/", "-")
+    store.move(problem.file, f"aside/{uuid.uuid4().hex[:8]}-{stem}")
+    return problem

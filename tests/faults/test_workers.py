@@ -1,0 +1,158 @@
+"""Workers, drivers and nodes that die, freeze, or are asked to stop, in quick sweeps on real Ray."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from storage.machine import is_alive
+from tests.faults.quick import spec
+from tests.faults.runs import Sweep, end_group, quick, wait_until_gone
+from tests.sweeps import assert_invariants, committed, rows
+
+FEW_OR_MANY = [pytest.param(False, id="few"), pytest.param(True, id="many", marks=pytest.mark.slow)]
+
+
+def kill_workers(sweep: Sweep, process: subprocess.Popen[str], times: int, order: random.Random) -> int:
+    """SIGKILL a worker at a random moment, so many times or until the driver has ended; how often it was done."""
+    killed = 0
+    while killed < times:
+        time.sleep(order.uniform(0, 0.5))
+        if process.poll() is not None:
+            break
+        notes = [note for note in sweep.notes().values() if note["shard"]]
+        alive = [note for note in notes if is_alive(note["pid"], note["process_started"])]
+        if alive:
+            os.kill(order.choice(alive)["pid"], signal.SIGKILL)
+            killed += 1
+    return killed
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("many", FEW_OR_MANY)
+def test_workers_killed_at_random(many: bool, tmp_path: Path) -> None:
+    """Whatever was killed: exit code and message are true, nothing committed is lost or run again, and after one
+    resume every task has its row; a killed worker costs at most the task it was at."""
+    times = 200 if many else 10
+    text = spec(count=10 * times, resources=f"candidates_per_shard: {5 if many else 2}, workers: 2")
+    sweep = quick(tmp_path, text.replace("conv1", "[[conv1, conv2, conv3]]"), seconds=0.3)
+    process = sweep.start("run", "quick.yaml")
+    killed = kill_workers(sweep, process, times, random.Random(times))
+    code = process.wait(600 if many else 200)
+    assert killed >= times // 2, sweep.said()
+    failed = rows(sweep.store, "failed")
+    assert code == (3 if failed else 0), sweep.said()
+    assert {row.error_class for row in failed.values()} <= {"ProcessDied"}
+    before = committed(sweep.store)
+    sweep.resume()
+    assert_invariants(sweep.store, "quick", before, sweep.reference())
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("many", FEW_OR_MANY)
+def test_drivers_killed_at_random(many: bool, tmp_path: Path) -> None:
+    """A driver that is killed, with all it started or alone: `status` is true at once, what is committed stays,
+    its workers end by themselves, and the next resume goes on."""
+    times, order = (50, random.Random(50)) if many else (3, random.Random(3))
+    sweep = quick(tmp_path, spec(count=45, seeds=8 if many else 1), seconds=0.3)
+    alone = True
+    for _ in range(times):
+        enough = len(committed(sweep.store)) + 1 + order.randrange(3)
+        process = sweep.start("run", "quick.yaml")
+        if not sweep.wait_for(lambda: len(committed(sweep.store)) >= enough, process):  # noqa: B023
+            break
+        notes = sweep.notes()
+        if alone:
+            process.kill()
+            process.wait(30)
+        else:
+            end_group(process)
+        wait_until_gone(notes)
+        before = committed(sweep.store)
+        code, said = sweep.run("status", "quick", "-f", "csv")
+        assert code == 0 and ", 0 running," in said and "at work" not in said
+        alone = not alone
+    before = committed(sweep.store)
+    sweep.resume()
+    assert_invariants(sweep.store, "quick", before, sweep.reference())
+
+
+def test_a_shard_with_every_poison(tmp_path: Path) -> None:
+    """One that segfaults, hangs, hangs holding Python's lock, eats memory, runs out of it, raises, or gives NaN, in
+    shards with good ones: the good rows are all there, each bad one has one failed row of the right class."""
+    poison = {1: "segfault", 2: "hang", 3: "memory", 4: "memory error", 5: "raise", 6: "nan"}
+    classes = {1: "ProcessDied", 2: "TimedOut", 3: "OutOfMemory", 4: "OutOfMemory", 5: "ValueError"}
+    text = spec(count=10, resources="candidates_per_shard: 10, workers: 1, task_minutes: 0.05, memory_gb: 2")
+    sweep = quick(tmp_path, text, poison)
+    code, said = sweep.run("run", "quick.yaml")
+    assert code == 3, said
+    failed = {row.candidate: row.error_class for row in rows(sweep.store, "failed").values()}
+    assert failed == classes, said
+    done = {row.candidate: row for row in rows(sweep.store).values()}
+    assert done.keys() == set(range(10)) - classes.keys()
+    assert done[6].diverged and sweep.store.sql("select count(*) from rows where diverged").fetchall() == [(1,)]
+    assert sweep.store.sql("select max(n) from (select count(*) as n from attempts group by task_id)").fetchall() == [
+        (1,)
+    ]
+    assert all(str(row.error).strip() for row in rows(sweep.store, "failed").values())
+    sweep.environment["QUICK_POISON"] = "{}"
+    before = committed(sweep.store)
+    sweep.resume()
+    reference = sweep.reference()
+    assert {t for t, _ in committed(sweep.store)} == reference.keys() and before <= committed(sweep.store)
+
+
+def test_a_worker_that_freezes_is_given_up(tmp_path: Path) -> None:
+    """A worker stopped with SIGSTOP in the middle of its shard is ended by the driver, and the run goes on."""
+    sweep = quick(tmp_path, spec(resources="candidates_per_shard: 5, workers: 1"), seconds=0.5, QUICK_FROZEN="12")
+    process = sweep.start("run", "quick.yaml")
+    assert sweep.wait_for(lambda: len(committed(sweep.store)) >= 2, process)
+    (note,) = [note for note in sweep.notes().values() if note["shard"]]
+    os.kill(note["pid"], signal.SIGSTOP)
+    assert process.wait(120) == 0, sweep.said()
+    assert not is_alive(note["pid"], note["process_started"])
+    assert_invariants(sweep.store, "quick", committed(sweep.store), sweep.reference())
+
+
+def test_a_frozen_worker_that_comes_back_does_no_harm(tmp_path: Path) -> None:
+    """A driver frozen until another has run its shards, then continued: its late row is legal, every view has
+    each task once, and it ends well."""
+    sweep = quick(tmp_path, spec(count=8), seconds=0.4)
+    frozen = sweep.start("run", "quick.yaml", "--inline")
+    assert sweep.wait_for(lambda: len(committed(sweep.store)) >= 2, frozen)
+    os.killpg(frozen.pid, signal.SIGSTOP)
+    code, said = sweep.run("resume", "quick", "--inline")
+    assert code == 0, said
+    os.killpg(frozen.pid, signal.SIGCONT)
+    assert frozen.wait(60) == 0, sweep.said()
+    for view in ("rows", "tasks"):
+        query = f"select count(*), count(distinct task_id) from {view} where status = 'done'"
+        assert sweep.store.sql(query).fetchall() == [(8, 8)]
+    assert len(committed(sweep.store)) <= 9  # at most the one it was at
+    assert_invariants(sweep.store, "quick", committed(sweep.store), sweep.reference())
+
+
+def test_two_resumes_at_once(tmp_path: Path) -> None:
+    """Two drivers on one sweep: every task once in every view, at most a tenth of them run twice."""
+    sweep = quick(tmp_path, spec(count=40), seconds=0.15)
+    both = [sweep.start("run", "quick.yaml", "--inline"), sweep.start("run", "quick.yaml", "--inline")]
+    assert [process.wait(120) for process in both] == [0, 0], sweep.said()
+    assert 40 <= len(committed(sweep.store)) <= 44
+    assert sweep.store.sql("select count(*), count(distinct task_id) from rows").fetchall() == [(40, 40)]
+    assert_invariants(sweep.store, "quick", committed(sweep.store), sweep.reference())
+
+
+def test_a_cell_that_always_fails_is_paused(tmp_path: Path) -> None:
+    """The same traceback so many times: the cell's other tasks stay pending, and the run says so."""
+    sweep = quick(tmp_path, spec(count=20), poison=dict.fromkeys(range(20), "raise"))
+    code, said = sweep.run("run", "quick.yaml", "--inline")
+    assert code == 3
+    assert "is paused: 5 of its tasks failed at the same place (ValueError: poisoned)" in said
+    assert "0 tasks done, 5 failed, 15 pending" in said
+    assert len(rows(sweep.store, "failed")) == 5

@@ -1,0 +1,117 @@
+"""A worker's sign of life, the limits of the task it is at, and the wish that it stops."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import StoreError
+from storage.signs import Sign
+
+if TYPE_CHECKING:
+    from storage.store import Store
+
+TICK_SECONDS = 1.0
+STDERR = 2
+HELD_SECONDS = 30.0
+"""How much longer than its limit a task may last that keeps every thread of Python from running."""
+
+TIME, MEMORY = "time", "memory"
+ENDED = {TIME: 124, MEMORY: 137}
+"""Why a worker ends its process: the verdict in its note, and its exit code."""
+
+
+class Stopped(Exception):
+    """The worker was asked to stop; what it was training is checkpointed."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a task may take, None for any amount; and how often a long one is checkpointed."""
+
+    task_seconds: float | None = None
+    memory_bytes: int | None = None
+    checkpoint_seconds: float = 600.0
+
+
+class Pulse:
+    """What a worker shows of itself while `with` lasts, and what it heeds.
+
+    A task over a limit ends the process, with the verdict in the note: nothing else stops code that
+    hangs. The driver `driver` asks its workers to stop by a note of its own.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        driver: str,
+        limits: Limits,
+        where: Mapping[str, Any] | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self.limits, self.stop = limits, stop or threading.Event()
+        self._store, self._driver = store, driver
+        self._about: dict[str, Any] = {"driver": driver, "shard": None, "task": None, **(where or {})}
+        self._since: float | None = None
+        self._sign = Sign(store, "workers", lambda: self._about, self._tick, TICK_SECONDS)
+
+    def __enter__(self) -> Pulse:
+        self._sign.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sign.__exit__()
+
+    @contextmanager
+    def at(self, shard: str, task: str | None, *, limited: bool = True) -> Iterator[None]:
+        """While this lasts, the note says so; and the limits hold, where it is `limited`."""
+        self._about |= {"shard": shard, "task": task}
+        self._sign.beat()
+        self._since = time.monotonic() if limited else None
+        limit = self.limits.task_seconds if limited else None
+        if limit:
+            faulthandler.dump_traceback_later(limit + HELD_SECONDS, exit=True, file=STDERR)
+        try:
+            yield
+        finally:
+            self._since = None
+            self._about |= {"task": None}
+            if limit:
+                faulthandler.cancel_dump_traceback_later()
+
+    def _tick(self) -> None:
+        if not self.stop.is_set() and self._asked_to_stop():
+            self.stop.set()
+        since, limits = self._since, self.limits
+        if since is not None and limits.task_seconds and time.monotonic() - since > limits.task_seconds:
+            self._end(TIME)
+        if since is not None and limits.memory_bytes and _resident() > limits.memory_bytes:
+            self._end(MEMORY)
+
+    def _asked_to_stop(self) -> bool:
+        try:
+            return self._store.scratch.noted(stop_note(self._driver)) is not None
+        except StoreError:
+            return False
+
+    def _end(self, verdict: str) -> None:
+        self._sign.beat(verdict=verdict)
+        os._exit(ENDED[verdict])
+
+
+def stop_note(driver: str) -> str:
+    """The note by which a driver asks its workers to stop."""
+    return f"stops/{driver}"
+
+
+def _resident() -> int:
+    """Bytes of memory this process holds."""
+    import psutil
+
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,40 @@
+"""Weights as safetensors, with what is known about them as JSON in one metadata key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+METADATA = "prunesweep"
+"""The one metadata key of our safetensors files; several would come in no fixed order."""
+
+
+def packed(tensors: Mapping[str, torch.Tensor], about: Any) -> bytes:
+    """A safetensors file's content: the same for the same tensors and `about`."""
+    from safetensors.torch import save
+
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    return save(contiguous, {METADATA: json.dumps(about, sort_keys=True, separators=(",", ":"))})
+
+
+def metadata(content: bytes) -> dict[str, Any]:
+    """What one of our safetensors files says about itself. Raises ValueError for any other file."""
+    length = int.from_bytes(content[:8], "little")
+    try:
+        return json.loads(json.loads(content[8 : 8 + length])["__metadata__"][METADATA])
+    except (KeyError, ValueError) as error:
+        raise ValueError("not a file that prunesweep wrote") from error
+
+
+def portable(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of `model` on the CPU and contiguous: a copy."""
+    import torch
+
+    return {
+        n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in model.state_dict().items()
+    }
