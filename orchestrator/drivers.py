@@ -57,6 +57,10 @@ class Driver:
         if self._told:
             self._store.scratch.forget(stop_note(self.id))
 
+    def leave(self, shard_id: str) -> None:
+        """Another driver has this shard, as a worker has found: leave it until the next look says otherwise."""
+        self.elsewhere |= {shard_id.split(".", maxsplit=1)[0]}
+
     def note_of(self, shard_id: str) -> dict[str, Any] | None:
         """The last that a worker of ours showed of itself at a shard; the note is removed."""
         try:

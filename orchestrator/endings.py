@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from storage.errors import StoreError
-from workers.pulse import MEMORY, TIME, Stopped
+from workers.pulse import MEMORY, TIME, Elsewhere, Stopped
 from workers.worker import DenseMissing, MemoryShort, Repeated
 
 
 class End(StrEnum):
-    """The kinds of ending. The first seven are told by the worker, the others are seen by the driver."""
+    """The kinds of ending. The first eight are told by the worker, the others are seen by the driver."""
 
     FINISHED = "finished"
     STOPPED = "stopped"
+    ELSEWHERE = "elsewhere"
     NO_DENSE = "no dense weights"
     NO_MEMORY = "no memory"
     REPEATED = "repeated"
@@ -40,6 +41,8 @@ def told(error: Exception) -> Ending:
     match error:
         case Stopped():
             return Ending(End.STOPPED)
+        case Elsewhere():
+            return Ending(End.ELSEWHERE)
         case DenseMissing():
             return Ending(End.NO_DENSE, str(error))
         case MemoryShort():

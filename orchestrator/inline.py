@@ -49,6 +49,8 @@ def _run(precision: str, worker: Worker, options: Options, account: Account, dri
             if options.debug:
                 raise
             ending = told(error)
+        if ending.kind is End.ELSEWHERE:
+            driver.leave(shard.shard_id)
         account.say_all(worker.take_messages())
         account.ended(shard.shard_id, ending)
 

@@ -108,6 +108,7 @@ class Queue:
             self._in_a_row.clear()
         follow: dict[End, Callable[[Shard, Ending], list[Burial]]] = {
             End.FINISHED: self._finished,
+            End.ELSEWHERE: self._later,
             End.NO_DENSE: self._no_dense,
             End.NO_MEMORY: self._no_memory,
             End.STORE: self._again_a_few_times,
@@ -127,6 +128,10 @@ class Queue:
 
     def _again(self, shard: Shard, _: Ending) -> list[Burial]:
         self.waiting.insert(0, shard)
+        return []
+
+    def _later(self, shard: Shard, _: Ending) -> list[Burial]:
+        self.waiting.append(shard)
         return []
 
     def _again_a_few_times(self, shard: Shard, ending: Ending) -> list[Burial]:

@@ -155,7 +155,10 @@ class Reporter(tune.Callback):
         self._ended(trial, seen(note, reason, preempted=preempted, memory="running low on memory" in str(error)))
 
     def _ended(self, trial: Any, ending: Ending) -> None:
-        self.account.ended(self.searcher.shard_of.pop(trial.trial_id), ending)
+        shard_id = self.searcher.shard_of.pop(trial.trial_id)
+        if ending.kind is End.ELSEWHERE:
+            self.searcher.driver.leave(shard_id)
+        self.account.ended(shard_id, ending)
 
 
 def _error_of(trial: Any) -> Exception | None:

@@ -51,14 +51,14 @@ def commit(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def replace(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
-    """Make `content` durable under `path`, in place of what is there: old or new, never a mixture.
+def replace(filesystem: pafs.FileSystem, path: str, content: bytes, *, durable: bool = True) -> None:
+    """Write `content` under `path`, in place of what is there: old or new, never a mixture.
 
-    Raises StoreError when it cannot be written.
+    Not `durable`, it may be gone after a power failure. Raises StoreError when it cannot be written.
     """
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
-            _commit_local(Path(path), content, replace=True)
+            _commit_local(Path(path), content, replace=True, durable=durable)
         else:
             patiently(lambda: _put(filesystem, path, content))
     except OSError as error:
@@ -86,7 +86,7 @@ def _put(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
         stream.write(content)
 
 
-def _commit_local(path: Path, content: bytes, *, replace: bool) -> None:
+def _commit_local(path: Path, content: bytes, *, replace: bool, durable: bool = True) -> None:
     _make_folder(path.parent)
     _check_room(path.parent, len(content))
     temporary = path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.tmp")
@@ -94,14 +94,16 @@ def _commit_local(path: Path, content: bytes, *, replace: bool) -> None:
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         if replace:
             temporary.replace(path)
         else:
             _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    if durable:
+        _sync_folder(path.parent)
 
 
 def _check_room(folder: Path, size: int) -> None:

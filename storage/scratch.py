@@ -27,8 +27,8 @@ class Scratch:
         return self.noted(name) or dict(value)
 
     def renew(self, name: str, value: Mapping[str, Any]) -> None:
-        """Note `value` under `name`, in place of what is there."""
-        replace(self._store.fs, self._path(name), _json(value))
+        """Note `value` under `name`, in place of what is there; a power failure may undo it."""
+        replace(self._store.fs, self._path(name), _json(value), durable=False)
 
     def noted(self, name: str) -> dict[str, Any] | None:
         """What was noted under `name`, or None."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ from hypothesis import strategies as st
 from orchestrator import expand
 from orchestrator.documents import Document
 from orchestrator.plan import Plan, estimate, make_plan, pack, plan_of_spec, plan_of_sweep, planned
-from orchestrator.queue import Queue
 from orchestrator.spec import load_spec
-from storage.records import Dense, Shard, Task, row_for
+from storage.records import Shard, Task, row_for
 from storage.store import Store
 from tests import specs
 
@@ -171,173 +169,6 @@ def test_cost_is_that_of_finished_tasks(store: Store) -> None:
     put(store, known[4:5], "failed", seconds_prune=100.0, seconds_retrain=100.0)
     cost = estimate(store, plan(store, document))
     assert (cost.worker_seconds, cost.unknown) == (4.0 * 106, 110)
-
-
-# -- the queue ----------------------------------------------------------------------------------
-
-SMALL = {"ratio": 0.2, "model": ["lenet5_mini", "lenet5_mini_w20", "lenet5_mini_d6"]}
-SOME = {"mode": "sample", "count": 8}
-
-
-def small(precision: list[str] | None = None) -> tuple[tuple[Shard, ...], tuple[Dense, ...]]:
-    """Shards of 3, 3 and 2 tasks of three models for each precision, and the models' dense trainings."""
-    grid = SMALL | {"precision": precision or ["fp32"]}
-    shards = pack(specs.plan_of(specs.document(grid, candidates=SOME, resources={"candidates_per_shard": 3})), {})
-    return shards, tuple({shard.needs.dense_id: shard.needs for shard in shards}.values())
-
-
-def drain(queue: Queue, precision: str = "fp32") -> list[Shard]:
-    """Every shard that can start now."""
-    found: list[Shard] = []
-    while (shard := queue.next(precision)) is not None:
-        found.append(shard)
-    return found
-
-
-def test_dense_models_first_and_dependents_wait() -> None:
-    """Dense models start at once; what starts from one starts when it is there, and the rest at once."""
-    shards, denses = small()
-    queue = Queue.of(shards, denses[:2], random.Random(0))
-    first = drain(queue)
-    assert [shard.dense for shard in first[:2]] == list(denses[:2])
-    assert {shard.needs for shard in first[2:]} == {denses[2]}
-    assert len(first) == 2 + 3
-    assert queue.next("fp32") is None
-    assert not queue.exhausted("fp32")
-    queue.succeeded(first[1].shard_id)
-    assert {shard.needs for shard in drain(queue)} == {denses[1]}
-
-
-def test_one_precision_after_the_other() -> None:
-    """A process holds one precision: shards are given out by it, fp32 first, which trains the dense models."""
-    shards, denses = small(["bf16", "fp32", "fp16"])
-    queue = Queue.of(shards, denses, random.Random(0))
-    assert queue.precisions == ["fp32", "bf16", "fp16"]
-    assert drain(queue, "bf16") == []
-    dense = drain(queue)
-    assert [shard.dense for shard in dense] == list(denses)
-    for shard in dense:
-        queue.succeeded(shard.shard_id)
-    for precision in ("fp32", "bf16", "fp16"):
-        assert not queue.exhausted(precision)
-        found = drain(queue, precision)
-        assert sorted(shard.shard_id for shard in found) == sorted(
-            s.shard_id for s in shards if s.precision == precision
-        )
-        for shard in found:
-            queue.succeeded(shard.shard_id)
-        assert queue.exhausted(precision)
-    assert queue.precisions == []
-
-
-def test_two_drivers_take_shards_in_orders_of_their_own() -> None:
-    """Two drivers on one sweep seldom meet: each shuffles, and neither leaves one out."""
-    shards, _ = small()
-    orders = [[shard.shard_id for shard in Queue.of(shards, (), random.Random(seed)).waiting] for seed in (1, 2)]
-    assert orders[0] != orders[1]
-    assert set(orders[0]) == set(orders[1]) == {shard.shard_id for shard in shards}
-
-
-def test_tasks_of_a_dead_shard_run_one_by_one() -> None:
-    """One poisoned task cannot take its neighbours down: next they run alone, before anything else."""
-    queue = Queue.of(small()[0], (), random.Random(0))
-    dead = queue.next("fp32")
-    assert dead
-    queue.died(dead.shard_id)
-    alone = [shard for _ in dead.tasks if (shard := queue.next("fp32"))]
-    assert [shard.tasks for shard in alone] == [(task,) for task in dead.tasks]
-    assert {shard.filed_under for shard in alone} == {dead.shard_id}
-    assert len({shard.shard_id for shard in alone}) == len(dead.tasks)
-    assert (queue.suspects, queue.problems) == ([], [])
-
-
-def test_a_task_that_dies_alone_is_a_suspect() -> None:
-    """The first death may be the machine's: it is tried once more, alone. Then the driver writes its failed row."""
-    shards, _ = small()
-    single = replace(shards[0], tasks=shards[0].tasks[:1])
-    queue = Queue([single])
-    assert queue.next("fp32") == single
-    queue.died(single.shard_id)
-    assert queue.suspects == []
-    again = queue.next("fp32")
-    assert again is not None and (again.tasks, again.filed_under) == (single.tasks, single.shard_id)
-    queue.died(again.shard_id)
-    assert queue.suspects == [again]
-    assert queue.exhausted("fp32")
-
-
-@pytest.mark.parametrize("dies", [True, False])
-def test_a_lost_dense_model_takes_its_dependents_along(dies: bool) -> None:
-    """Their tasks stay pending, the problem names the network, and other networks go on."""
-    shards, denses = small()
-    queue = Queue.of(shards, denses, random.Random(0))
-    first = drain(queue)
-    queue.died(first[0].shard_id) if dies else queue.failed(first[0].shard_id, "RuntimeError: out of memory")
-    (problem,) = queue.problems
-    assert "the dense model lenet5_mini on synthetic could not be trained, so 8 tasks stay pending" in problem
-    assert problem.endswith("died" if dies else "RuntimeError: out of memory")
-    assert drain(queue) == []
-    for shard in first[1:]:
-        queue.succeeded(shard.shard_id)
-    rest = drain(queue)
-    assert {shard.needs for shard in rest} == set(denses[1:])
-    for shard in rest:
-        queue.succeeded(shard.shard_id)
-    assert queue.exhausted("fp32")
-    assert queue.suspects == []
-
-
-def test_a_shard_that_cannot_go_on_is_a_problem() -> None:
-    """An error that is no task's own (the store is full) is told, and the tasks stay pending, untried."""
-    queue = Queue.of(small()[0], (), random.Random(0))
-    shard = queue.next("fp32")
-    assert shard
-    queue.failed(shard.shard_id, "StoreError: no space left")
-    assert queue.problems == [
-        f"shard {shard.shard_id} stopped, and its tasks stay pending: StoreError: no space left",
-    ]
-    assert queue.suspects == []
-    assert shard.shard_id not in {other.shard_id for other in drain(queue)}
-
-
-@settings(max_examples=200)
-@given(st.randoms(use_true_random=False), st.integers(1, 5), st.floats(0, 1), st.integers(0, 3))
-def test_every_task_ends_exactly_once(draw: random.Random, workers: int, deaths: float, missing: int) -> None:
-    """Whatever dies and in whatever order, each task is run to an end, suspected, or left with a problem told."""
-    shards, denses = small(["fp32", "bf16"])
-    queue = Queue.of(shards, denses[:missing], draw)
-    trained = {dense.dense_id for dense in denses[missing:]}
-    running: list[Shard] = []
-    ended: list[Task] = []
-    stopped: list[Shard] = []
-    while queue.precisions:
-        precision = queue.precisions[0]
-        while not queue.exhausted(precision):
-            while len(running) < workers and (shard := queue.next(precision)) is not None:
-                assert shard.precision == precision
-                assert shard.dense or shard.needs.dense_id in trained
-                running.append(shard)
-            assert running, "nothing runs and nothing ends: a run would hang"
-            shard = running.pop(draw.randrange(len(running)))
-            if draw.random() >= deaths:
-                queue.succeeded(shard.shard_id)
-                ended += shard.tasks
-                trained |= {shard.dense.dense_id} if shard.dense else set()
-            elif draw.random() < 0.2:
-                queue.failed(shard.shard_id, "store")
-                stopped.append(shard)
-            else:
-                queue.died(shard.shard_id)
-                stopped += [shard] if shard.dense else []
-        assert not running
-    left = [task for shard in stopped for task in shard.tasks]
-    lost = {shard.dense.dense_id for shard in stopped if shard.dense}
-    left += [task for shard in shards for task in shard.tasks if task.cell.dense.dense_id in lost]
-    ended += [task for shard in queue.suspects for task in shard.tasks]
-    every = Counter(task.task_id for shard in shards for task in shard.tasks)
-    assert Counter(task.task_id for task in [*ended, *left]) == every
-    assert all(len(shard.tasks) == 1 for shard in queue.suspects)
-    assert len(queue.problems) == len(stopped)
 
 
 def test_planned_tasks_know_their_shard() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StoreError
-from storage.signs import Sign
+from storage.signs import Sign, living
 
 if TYPE_CHECKING:
     from storage.store import Store
@@ -29,6 +29,10 @@ ENDED = {TIME: 124, MEMORY: 137}
 
 class Stopped(Exception):
     """The worker was asked to stop; what it was training is checkpointed."""
+
+
+class Elsewhere(Exception):
+    """A worker of another driver is at the shard."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,16 @@ class Pulse:
             yield
         finally:
             self._since = None
-            self._about |= {"task": None}
+            self._about |= {"shard": None, "task": None}
             if limit:
                 faulthandler.cancel_dump_traceback_later()
+
+    def is_elsewhere(self, shard: str) -> bool:
+        """Whether a worker of another driver is at a shard. Of two that begin at once one goes on: the
+        one whose driver's id is lower."""
+        notes = living(self._store, "workers").values()
+        others = [n for n in notes if n.get("driver") != self._driver and str(n.get("shard")).split(".")[0] == shard]
+        return any(note.get("task") or str(note["driver"]) < self._driver for note in others)
 
     def _tick(self) -> None:
         if not self.stop.is_set() and self._asked_to_stop():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from storage.errors import StoreError
 from storage.records import Row, row_for, utc_now
 from storage.rowfiles import Attempts
-from workers.pulse import Stopped
+from workers.pulse import Elsewhere, Stopped
 
 if TYPE_CHECKING:
     import torch
@@ -106,15 +106,18 @@ class Worker:
     def run_shard(self, shard: Shard) -> Iterator[Row]:
         """Run what the store does not have yet of a shard; each row is durable when it is yielded.
 
-        A task that fails leaves a failed row. Raises what is no task's own: Stopped, DenseMissing, StoreError,
-        Diverged of a dense model, MemoryShort for a task to be run alone, Repeated.
+        A task that fails leaves a failed row. Raises what is no task's own: Stopped, Elsewhere, DenseMissing,
+        StoreError, Diverged of a dense model, MemoryShort for a task to be run alone, Repeated.
         """
+        with self._at(shard, None):
+            if self.pulse and self.pulse.is_elsewhere(shard.filed_under):
+                raise Elsewhere
+            if shard.dense is None:
+                self.dense(shard.needs)
         if shard.dense:
             with self._at(shard, shard.dense.dense_id):
                 self.train_dense(shard.dense)
             return
-        with self._at(shard, None):
-            self.dense(shard.needs)
         known = Attempts(self.store, shard.filed_under, (task.task_id for task in shard.tasks))
         attempts, looked = known.look(), time.monotonic()
         failures: Counter[str] = Counter()
