@@ -106,8 +106,8 @@ class Worker:
     def run_shard(self, shard: Shard) -> Iterator[Row]:
         """Run what the store does not have yet of a shard; each row is durable when it is yielded.
 
-        A task that fails leaves a failed row. Raises what is no task's own: Stopped, Elsewhere, DenseMissing,
-        StoreError, Diverged of a dense model, MemoryShort for a task to be run alone, Repeated.
+        A task that fails leaves a failed row. Raises what is no task's own: Stopped, Elsewhere,
+        DenseMissing, StoreError, Diverged of a dense model, MemoryShort for a task to be run alone, Repeated.
         """
         with self._at(shard, None):
             if self.pulse and self.pulse.is_elsewhere(shard.filed_under):
