@@ -13,6 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +36,9 @@ RETRY_SECONDS = 0.5
 
 # File systems without hard links (some FUSE and network mounts) answer with one of these.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+# Nor can every folder be synced: it is as durable there as it gets.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
 
 
 def commit(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
@@ -65,6 +69,15 @@ def replace(filesystem: pafs.FileSystem, path: str, content: bytes, *, durable: 
         raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def again(work: Callable[[], T], error: type[Exception], times: int = 20) -> T:
+    """`work`, tried again at once when it raises `error`. Raises the last one."""
+    import tenacity
+
+    return tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(times), retry=tenacity.retry_if_exception_type(error), reraise=True
+    )(work)
+
+
 def patiently(work: Callable[[], T]) -> T:
     """`work` on an object store, tried again when it fails: it may be busy, or the answer got lost.
 
@@ -72,13 +85,12 @@ def patiently(work: Callable[[], T]) -> T:
     """
     import tenacity
 
-    again = tenacity.Retrying(
+    return tenacity.Retrying(
         stop=tenacity.stop_after_attempt(RETRIES),
         wait=tenacity.wait_random_exponential(RETRY_SECONDS, max=30),
         retry=tenacity.retry_if_exception(lambda e: isinstance(e, OSError) and not isinstance(e, FileNotFoundError)),
         reraise=True,
-    )
-    return again(work)
+    )(work)
 
 
 def _put(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
@@ -147,16 +159,26 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(handle)
 
 
 def sweep_temporaries(folder: str) -> list[str]:
-    """Remove what writers that are gone left below a local `folder`; return the names."""
-    gone = [path for path in Path(folder).rglob(".*.tmp") if _is_abandoned(path)]
-    for path in gone:
-        path.unlink(missing_ok=True)
-    return [str(path.relative_to(folder)) for path in gone]
+    """Remove what writers that are gone left below a local `folder`; return the names.
+
+    What cannot be looked at or removed stays: it does no harm, and the next sweep tries again.
+    """
+    gone: list[str] = []
+    for at, _, names in os.walk(folder):  # passes over folders that are gone meanwhile
+        for path in (Path(at, name) for name in names if name.startswith(".") and name.endswith(".tmp")):
+            with suppress(OSError):
+                if _is_abandoned(path):
+                    path.unlink(missing_ok=True)
+                    gone.append(str(path.relative_to(folder)))
+    return gone
 
 
 def _is_abandoned(path: Path) -> bool:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from storage.commit import commit, patiently
+from storage.commit import again, commit, patiently
 from storage.errors import QueryError, StoreError
 from storage.identity import SWEEP_NAME
 from storage.manifest import PLAN_SCHEMA, Manifest, PlannedTask, plan_batches
@@ -108,7 +108,8 @@ class Store:
     def _files(self, folder: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(f"{self.root}/{folder}", recursive=recursive, allow_not_found=True)
         try:
-            infos = self._asked(lambda: self.fs.get_file_info(selector))
+            # pyarrow says "not found" of a folder that is made or removed while it looks.
+            infos = again(lambda: self._asked(lambda: self.fs.get_file_info(selector)), FileNotFoundError)
         except OSError as error:
             raise StoreError(f"cannot list {self.location}/{folder}: {error}") from error
         return [i for i in infos if i.type == pafs.FileType.File and not i.base_name.startswith(".")]
