@@ -77,10 +77,10 @@ class Account:
         self.shown.advance(0, 1)
 
 
-Failure = tuple[str, str, str]
-"""A failed task's cell, the place, and what went wrong in a line: plain data, for the wire."""
+Failure = tuple[str, str, str, str]
+"""A failed task, its cell, the place, and what went wrong in a line: plain data, for the wire."""
 
 
 def failure(row: Row) -> Failure:
     """What counts of a failed row for the others of its cell."""
-    return row.cell_id, where_it_failed(row), last_line(row.error)
+    return row.task_id, row.cell_id, where_it_failed(row), last_line(row.error)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.options import (
+    FOR_PEOPLE,
     emit,
     existing_store,
     output_options,
@@ -167,7 +168,7 @@ def corr(sweep: str, x: str, y: str, where: str | None, store: str, form: str, o
 
 def emit_correlations(table: pa.Table, form: str, output: Path | None) -> None:
     """Print the table of `corr`; for people without the cells' ids, which make it too wide."""
-    emit(table.drop_columns("cell_id") if form in ("table", "markdown", "latex") else table, form, output)
+    emit(table.drop_columns("cell_id") if form in FOR_PEOPLE else table, form, output)
 
 
 def correlations(

@@ -9,6 +9,7 @@ import click
 
 from orchestrator.errors import UserError
 from orchestrator.options import (
+    FOR_PEOPLE,
     absolute,
     data_root_option,
     emit,
@@ -75,10 +76,12 @@ def rerun(
     from orchestrator.cli import FAILED_TASKS
     from orchestrator.rerun import find_row, rerun
 
+    if save is not None and not save.parent.is_dir():
+        raise click.UsageError(f"cannot write {save}: there is no folder {save.parent}")
     opened = existing_store(store)
     row = find_row(opened, task_id)
     found = rerun(opened, row, absolute(data_root), keep if save else "none")
-    if found.differing:
+    if found.differing or form not in FOR_PEOPLE:
         emit(_differences(found), form, output)
     click.echo(_verdict(found), err=True)
     if save:
@@ -86,7 +89,7 @@ def rerun(
         if network is None:
             raise UserError(f"task {row.task_id} diverged in its first epoch: there is no network to save")
         write_file(save, lambda: save.write_bytes(network))
-        click.echo(str(save))
+        click.echo(f"wrote {save}", err=True)
     ctx.exit(0 if found.same else FAILED_TASKS)
 
 
@@ -97,7 +100,7 @@ def _differences(found: Rerun) -> pa.Table:
         return str(getattr(row, column))
 
     lines = [{"column": c, "row": shown(found.then, c), "rerun": shown(found.now, c)} for c in found.differing]
-    return pa.Table.from_pylist(lines)
+    return pa.Table.from_pylist(lines, pa.schema([(name, pa.string()) for name in ("column", "row", "rerun")]))
 
 
 def _verdict(found: Rerun) -> str:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "json", "jsonl", "csv", "markdown", "latex", "parquet")
 
+FOR_PEOPLE = ("table", "markdown", "latex")
+"""The formats that people read; programs read the others."""
+
 store_option = click.option(
     "--store",
     envvar="PRUNESWEEP_STORE",

@@ -7,7 +7,7 @@ of its own, stated here and in docs/reliability.md.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -47,9 +47,10 @@ class Queue:
     problems: list[str] = field(default_factory=list)
     store_problem: str | None = None
     _deaths: Counter[str] = field(default_factory=Counter)
-    _failures: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _failed: defaultdict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
     _paused: set[str] = field(default_factory=set)
     _in_a_row: Counter[End] = field(default_factory=Counter)
+    _halted: bool = False
 
     @staticmethod
     def of(shards: Iterable[Shard], denses: Iterable[Dense], order: random.Random) -> Queue:
@@ -87,19 +88,28 @@ class Queue:
 
     def halt(self) -> None:
         """Hand out nothing more; what runs may end."""
+        self._halted = True
         self.waiting.clear()
 
-    def failed_at(self, cell_id: str, where: str, error: str) -> None:
-        """A task of a cell has failed at this place: often enough, and the cell is paused."""
-        self._failures[cell_id, where] += 1
-        if self._failures[cell_id, where] == PAUSE_AFTER and cell_id not in self._paused:
+    def failed_at(self, task_id: str, cell_id: str, where: str, error: str) -> None:
+        """A task of a cell has failed at this place: enough of them, and the cell is paused."""
+        failed = self._failed[cell_id, where]
+        failed.add(task_id)
+        if len(failed) >= PAUSE_AFTER and cell_id not in self._paused:
             self._paused.add(cell_id)
-            of_cell = [s for s in self.waiting if s.tasks and s.tasks[0].cell.cell_id == cell_id]
-            self.waiting = [s for s in self.waiting if s not in of_cell]
+            self.waiting = [shard for shard in self.waiting if not self._is_paused(shard)]
             self.problems.append(
                 f"cell {cell_id} is paused: {PAUSE_AFTER} of its tasks failed at the same place ({error}); "
                 "mend it and resume"
             )
+
+    def _is_paused(self, shard: Shard) -> bool:
+        return shard.dense is None and shard.tasks[0].cell.cell_id in self._paused
+
+    def _put(self, shards: Iterable[Shard], *, first: bool = True) -> None:
+        """Let shards wait, unless the run is halted or their cell paused meanwhile."""
+        more = [] if self._halted else [shard for shard in shards if not self._is_paused(shard)]
+        self.waiting = [*more, *self.waiting] if first else [*self.waiting, *more]
 
     def ended(self, shard_id: str, ending: Ending) -> list[Burial]:
         """The shard ended: decide what runs again. Returns the tasks that get a failed row now."""
@@ -127,11 +137,11 @@ class Queue:
         return []
 
     def _again(self, shard: Shard, _: Ending) -> list[Burial]:
-        self.waiting.insert(0, shard)
+        self._put([shard])
         return []
 
     def _later(self, shard: Shard, _: Ending) -> list[Burial]:
-        self.waiting.append(shard)
+        self._put([shard], first=False)
         return []
 
     def _again_a_few_times(self, shard: Shard, ending: Ending) -> list[Burial]:
@@ -153,8 +163,8 @@ class Queue:
                 return self._error(shard, ending)
             self._deaths[f"remade {dense.dense_id}"] += 1
             self.pending_dense.add(dense.dense_id)
-            self.waiting.insert(0, _training(dense))
-        self.waiting.append(shard)
+            self._put([_training(dense)])
+        self._put([shard], first=False)
         return []
 
     def _error(self, shard: Shard, ending: Ending) -> list[Burial]:
@@ -186,9 +196,10 @@ class Queue:
     def _out_of_time(self, shard: Shard, ending: Ending) -> list[Burial]:
         """The task has failed; its neighbours go on."""
         mine = [task for task in shard.tasks if task.task_id == ending.task]
+        if not mine:
+            return self._died(shard, ending)
         rest = tuple(task for task in shard.tasks if task not in mine)
-        if rest:
-            self.waiting.insert(0, replace(shard, tasks=rest))
+        self._put([replace(shard, tasks=rest)] if rest else [])
         why = "it did not end within its limit, and its process was ended"
         return [Burial(shard.filed_under, task, TIMED_OUT, why) for task in mine]
 
@@ -212,7 +223,7 @@ class Queue:
         apart = [replace(shard, shard_id=f"{shard.filed_under}.{t.task_id}", tasks=(t,)) for t in tasks]
         taken = {one.tasks[0].task_id for one in apart}
         rest = tuple(task for task in shard.tasks if task.task_id not in taken)
-        self.waiting = apart + ([replace(shard, tasks=rest)] if rest else []) + self.waiting
+        self._put([*apart, replace(shard, tasks=rest)] if rest else apart)
 
 
 def _training(dense: Dense) -> Shard:

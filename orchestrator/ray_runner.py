@@ -140,7 +140,7 @@ class Reporter(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self.account.rows(result["tasks_done"], [(c, place, why) for c, place, why in result["failures"]])
+        self.account.rows(result["tasks_done"], [tuple(one) for one in result["failures"]])
         self.account.say_all(result["messages"])
         if result["ending"] is not None:
             kind, reason, task = result["ending"]

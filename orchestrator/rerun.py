@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 BEFORE_RETRAINING = frozenset(
     name for group in ("identity", "size", "before retraining", "criterion scores") for name in COLUMNS[group]
 )
+LIMIT = 1e-9
 NEAR = 1e-5
-"""With another execution the columns before retraining agree to rounding: this, relatively, in float32."""
+"""With another execution the columns before retraining agree to rounding: this, relatively, in float32;
+LIMIT where the number is a rounding error itself."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
 
     Raises UserError where its dense weights are not those of the row, or this device lacks the precision.
     """
+    from workers.datasets import DataMissing
     from workers.task import run_and_return
     from workers.worker import DenseMissing, PrecisionMissing, Worker
 
@@ -70,8 +74,9 @@ def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
         if worker.dense(task.cell.dense).sha256 != row.dense_sha256:
             raise UserError(f"task {row.task_id} was pruned from other dense weights than the store has now")
         now, network = run_and_return(task, worker, keep=keep)
-    except (DenseMissing, PrecisionMissing) as error:
-        raise UserError(f"task {row.task_id} cannot be run here: {error or 'its dense weights are gone'}") from error
+    except (DenseMissing, PrecisionMissing, DataMissing) as error:
+        why = str(error) or "its dense weights are gone"
+        raise UserError(f"task {row.task_id} cannot be run here: {why}") from error
     (now,) = table_to_rows(rows_to_table([now]))  # curves are rounded to float32 on their way into a file
     columns = [name for name in SCHEMA.names if name not in PROVENANCE]
     differing = tuple(name for name in columns if not _equal(getattr(row, name), getattr(now, name)))
@@ -87,5 +92,5 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _near(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
-        return _equal(a, b) or abs(a - b) <= NEAR * max(abs(a), abs(b))
+        return _equal(a, b) or math.isclose(a, b, rel_tol=NEAR, abs_tol=LIMIT)
     return _equal(a, b)

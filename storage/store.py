@@ -81,7 +81,7 @@ class Store:
 
     def exists(self) -> bool:
         """Whether anything was ever stored here."""
-        return bool(self._files("sweeps", recursive=True) or self._files("rows"))
+        return bool(self._files("sweeps", recursive=True) or self._files("rows") or self._files("dense"))
 
     def check_writable(self) -> None:
         """Raise StoreError unless a file can be written. Leaves no trace, not even a new folder."""

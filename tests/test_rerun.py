@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from tests.conftest import TINY
 from tests.rows import DENSE, ORACLE, failed, tasks, tree
 from tests.test_interrupt import in_process
 from workers import load_network
+from workers.datasets import prepare
+from workers.dense import on_device
 from workers.weights import packed
 
 Rerun = Callable[..., tuple[int, str, str]]
@@ -84,6 +87,13 @@ def differing(out: str) -> set[str]:
     return {line["column"] for line in json.loads(out)}
 
 
+def accuracy(file: str) -> float:
+    """The test accuracy of a network that was left in a file."""
+    network, test = load_network(file), prepare("synthetic", "data", 0.0, torch.device("cpu")).test
+    with torch.no_grad():
+        return (network(test.images).argmax(1) == test.labels).double().mean().item()
+
+
 # -- the same row -------------------------------------------------------------------------------------
 
 
@@ -105,54 +115,68 @@ def test_a_lost_scratch_changes_nothing(store: Store, rerun: Rerun) -> None:
 
 
 def test_the_recorded_execution_is_repeated(store: Store, rerun: Rerun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads and memory format are those of the row; what else is not is told."""
-    row = rows(store)[0]
-    other = tamper(store, execution=execution(row, threads=2, memory_format="contiguous_format"))
-    seen: list[tuple[int, bool]] = []
-    measured = nn.Conv2d.forward
+    """Threads and memory format are those of the row, not what the store has chosen."""
+    other = tamper(store, execution=execution(rows(store)[0], threads=2, memory_format="contiguous_format"))
+    seen: list[tuple[int, str]] = []
 
-    def watched(self: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if weight.shape[1] > 1:
-            contiguous = weight.is_contiguous(memory_format=torch.channels_last)
-            seen.append((torch.get_num_threads(), contiguous))
-        return measured(self, images)
+    def watched(model: nn.Module, accelerator: Any, memory_format: str) -> nn.Module:
+        seen.append((torch.get_num_threads(), memory_format))
+        return on_device(model, accelerator, memory_format)
 
-    monkeypatch.setattr(nn.Conv2d, "forward", watched)
-    rerun(other.task_id)
-    assert (2, False) in seen
-    assert not {threads for threads, _ in seen} - {2, torch.get_num_threads()}
-    assert torch.get_num_threads() == torch.get_num_threads()
+    monkeypatch.setattr("workers.task.on_device", watched)
+    assert "execution differs" not in rerun(other.task_id)[2]
+    assert seen == [(2, "contiguous_format")]
 
 
 # -- the network --------------------------------------------------------------------------------------
 
 
-def test_save_leaves_the_network(store: Store, rerun: Rerun, tmp_path: Path) -> None:
-    """--save writes the retrained network, which loads and is as accurate as the row says; the path is on stdout."""
-    from workers.datasets import prepare
-
+def test_save_leaves_the_network(store: Store, rerun: Rerun) -> None:
+    """--save writes the retrained network, which loads and is as accurate as the row says; its path is told."""
     row = rows(store)[0]
     code, out, err = rerun(row.task_id, "--save", "network.safetensors")
-    assert (code, out) == (0, "network.safetensors\n") and "the same row" in err
-    network = load_network(tmp_path / "network.safetensors")
+    assert code == 0 and "network.safetensors" in out + err and "the same row" in err
+    network = load_network("network.safetensors")
     assert sum(p.numel() for p in network.parameters()) == row.params
-    test = prepare("synthetic", "data", 0.0, torch.device("cpu")).test
-    with torch.no_grad():
-        right = (network(test.images).argmax(1) == test.labels).double().mean().item()
-    assert right == pytest.approx(row.last_test_accuracy, abs=1e-9)
-    assert json.loads(
-        rerun(row.task_id, "--save", "again.safetensors", "-f", "json")[1] == "again.safetensors\n" and "1"
-    )
+    assert accuracy("network.safetensors") == pytest.approx(row.last_test_accuracy, abs=1e-9)
+    assert rerun(row.task_id[:8], "--save", "again.safetensors")[0] == 0
     assert Path("again.safetensors").read_bytes() == Path("network.safetensors").read_bytes()
 
 
 def test_save_of_the_best_epoch(store: Store, rerun: Rerun) -> None:
-    """--keep best leaves the network of the row's best epoch, which may be another one."""
-    row = next(row for row in rows(store) if row.best_epoch == 1)
-    assert rerun(row.task_id, "--save", "best.safetensors", "--keep", "best")[0] == 0
-    assert rerun(row.task_id, "--save", "last.safetensors")[0] == 0
-    assert Path("best.safetensors").read_bytes() != Path("last.safetensors").read_bytes()
+    """--keep best leaves the network of the best epoch, not that of the last."""
+    row = rows(store)[0]
+    cell = row.task().cell
+    worse = replace(cell, retrain=replace(cell.retrain, lr=((0, 0.01), (1, 0.5))))
+    task = replace(row.task(), cell=worse)
+    measured = {"dense_sha256": row.dense_sha256, "execution": row.execution, "device": "cpu"}
+    store.commit_rows("s0", [row_for(task, "done", measured)])
+    for keep in ("best", "last"):
+        assert (
+            rerun(task.task_id, "--save", f"{keep}.safetensors", "--keep", keep, "-f", "json", "-o", "found.json")[0]
+            == 3
+        )
+    found = {line["column"]: line["rerun"] for line in json.loads(Path("found.json").read_text())}
+    best, last = float(found["best_test_accuracy"]), float(found["last_test_accuracy"])
+    assert found["best_epoch"] == "1" and last < best
+    assert accuracy("best.safetensors") == pytest.approx(best, abs=1e-9)
+    assert accuracy("last.safetensors") == pytest.approx(last, abs=1e-9)
+
+
+def test_stdout_is_what_the_format_says(store: Store, rerun: Rerun) -> None:
+    """-f json is JSON whether columns differ or not, with --save too."""
+    row = rows(store)[0]
+    assert json.loads(rerun(row.task_id, "-f", "json")[1]) == []
+    code, out, _ = rerun(tamper(store, best_epoch=7).task_id, "-f", "json", "--save", "network.safetensors")
+    assert (code, differing(out)) == (3, {"best_epoch"})
+
+
+def test_a_file_that_cannot_be_written_is_told_first(
+    store: Store, rerun: Rerun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--save into a folder that is not there is refused before the work is done."""
+    monkeypatch.setattr("orchestrator.rerun.rerun", lambda *_: pytest.fail("it was run all the same"))
+    assert rerun(rows(store)[0].task_id, "--save", "nowhere/network.safetensors")[0] == 2
 
 
 def test_save_where_there_is_no_folder(rerun: Rerun, store: Store) -> None:
@@ -177,7 +201,7 @@ def test_a_row_that_is_another(store: Store, rerun: Rerun) -> None:
     assert lines.keys() == {"last_test_loss", "epoch_test_loss"}
     assert lines["last_test_loss"] == {"column": "last_test_loss", "row": str(lost), "rerun": str(row.last_test_loss)}
     code, out, _ = rerun(other.task_id, "--save", "network.safetensors")
-    assert code == 3 and "last_test_loss" in out and out.endswith("network.safetensors\n")
+    assert code == 3 and "last_test_loss" in out
     assert load_network("network.safetensors")
 
 
@@ -227,6 +251,16 @@ def test_another_device_and_another_row(
     assert "versions {'numpy': '0.1', 'torch': '0.1'} -> " in err
 
 
+def test_another_rounding_of_the_equivalence_error_is_no_difference(store: Store, rerun: Rerun) -> None:
+    """It is a rounding error itself: on another device another one, and the rows agree all the same."""
+    row = rows(store)[0]
+    assert row.equivalence_error is not None and row.equivalence_error < 1e-12
+    device = execution(row, device_model="Abacus 3000")
+    other = tamper(store, execution=device, equivalence_error=row.equivalence_error + 3e-16)
+    code, _, err = rerun(other.task_id)
+    assert code == 0 and "agrees before retraining, to rounding" in err
+
+
 # -- what cannot be run again -------------------------------------------------------------------------
 
 
@@ -258,25 +292,41 @@ def test_dense_weights_that_are_gone_or_others(store: Store, rerun: Rerun) -> No
     (file,) = Path(store.root, "dense").iterdir()
     file.unlink()
     code, out, err = rerun(row.task_id)
-    assert (code, out) == (2, "") and "cannot be run here: its dense weights are gone" in err
+    assert (code, out) == (2, "") and f"task {row.task_id} cannot be run here: " in err
     model = build_model("lenet5_mini", 10)
     store.commit_dense(row.dense_id, packed(model.state_dict(), {}))
     code, out, err = rerun(row.task_id)
     assert (code, out) == (2, "") and "was pruned from other dense weights than the store has now" in err
 
 
-def test_a_precision_that_this_device_lacks(store: Store, rerun: Rerun) -> None:
+def test_dense_weights_that_are_gone_are_said_to_be(store: Store, rerun: Rerun) -> None:
+    """The message says why the task cannot be run."""
+    shutil.rmtree(Path(store.root, "dense"))
+    assert rerun(rows(store)[0].task_id)[2].endswith(" cannot be run here: its dense weights are gone\n")
+
+
+def test_damaged_dense_weights(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are never pruned: they are set aside, and that is told."""
+    (file,) = Path(store.root, "dense").iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    code, out, err = in_process(capsys, "rerun", rows(store)[0].task_id)
+    assert (code, out) == (2, "") and "set aside" in err
+    assert f"dense/{file.name}" in err and "its content does not match" in err
+    assert not file.exists() and len(list(Path(store.root, "aside").iterdir())) == 1
+
+
+def test_a_precision_that_this_device_lacks(store: Store, rerun: Rerun, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 on a CPU is told, not computed in fp32."""
-    task = rows(store)[0].task()
-    half = replace(task, cell=replace(task.cell, precision="fp16"))
+    # Not Accelerate's own: a process that has held fp32 is refused another precision.
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: SimpleNamespace(device=torch.device("cpu")))
     first = rows(store)[0]
+    half = replace(first.task(), cell=replace(first.task().cell, precision="fp16"))
     measured = {"dense_sha256": first.dense_sha256, "execution": first.execution, "device": "cpu"}
     store.commit_rows("s0", [row_for(half, "done", measured)])
     code, out, err = rerun(half.task_id)
     assert (code, out) == (2, "") and "cannot be run here: fp16 needs a GPU" in err
 
 
-@pytest.mark.xfail(strict=True, reason="DataMissing is taken for an internal error")
 def test_data_that_is_not_there(store: Store, rerun: Rerun) -> None:
     """A data root without the task's data set is a person's mistake, told with how to fetch it."""
     task, first = tasks(ORACLE, 1)[0], rows(store)[0]

@@ -190,7 +190,8 @@ class Worker:
 
     def _at(self, shard: Shard, key: str | None) -> AbstractContextManager[None]:
         """While this lasts the pulse shows the task, or the dense model, and holds a task to its limits."""
-        return self.pulse.at(shard.shard_id, key, limited=shard.dense is None) if self.pulse else nullcontext()
+        limited = key is not None and shard.dense is None
+        return self.pulse.at(shard.shard_id, key, limited=limited) if self.pulse else nullcontext()
 
     def checkpoint(self, key: str, about: Mapping[str, Any]) -> Checkpoint | None:
         """The checkpoint of the training that begins; none without a pulse."""
