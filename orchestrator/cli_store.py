@@ -81,7 +81,7 @@ def rerun(
     opened = existing_store(store)
     row = find_row(opened, task_id)
     found = rerun(opened, row, absolute(data_root), keep if save else "none")
-    if found.differing or form not in FOR_PEOPLE:
+    if found.differing or output or form not in FOR_PEOPLE:
         emit(_differences(found), form, output)
     click.echo(_verdict(found), err=True)
     if save:
@@ -169,5 +169,9 @@ def _remove_unused(store: Store, yes: bool) -> None:
 
 
 def _confirm(question: str, yes: bool) -> None:
-    if not yes and not click.confirm(question, err=True):
+    try:
+        sure = yes or click.confirm(question, err=True)
+    except click.Abort:
+        raise UserError("nothing was removed: give --yes where nobody can answer") from None
+    if not sure:
         raise UserError("nothing was removed")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StoreError
-from storage.signs import Sign, counts, living
+from storage.signs import Sign, counts, living, signs
 from workers.pulse import stop_note
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Driver:
     def note_of(self, shard_id: str) -> dict[str, Any] | None:
         """The last that a worker of ours showed of itself at a shard; the note is removed."""
         try:
-            notes = self._store.scratch.notes("workers")
+            notes = signs(self._store, "workers")
         except StoreError:
             return None
         mine = {n: note for n, note in notes.items() if (note.get("driver"), note.get("shard")) == (self.id, shard_id)}
@@ -75,7 +75,7 @@ class Driver:
     def _look(self) -> None:
         """Called by the thread: what is elsewhere, who is frozen, whether to stop."""
         try:
-            notes = self._store.scratch.notes("workers")
+            notes = signs(self._store, "workers")
             if self.stop.is_set() and not self._told:
                 self._store.scratch.note(stop_note(self.id), {})
                 self._told = True

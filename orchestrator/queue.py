@@ -51,6 +51,7 @@ class Queue:
     _paused: set[str] = field(default_factory=set)
     _in_a_row: Counter[End] = field(default_factory=Counter)
     _halted: bool = False
+    _tried: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(shards: Iterable[Shard], denses: Iterable[Dense], order: random.Random) -> Queue:
@@ -93,6 +94,7 @@ class Queue:
 
     def failed_at(self, task_id: str, cell_id: str, where: str, error: str) -> None:
         """A task of a cell has failed at this place: enough of them, and the cell is paused."""
+        self._tried.add(task_id)
         failed = self._failed[cell_id, where]
         failed.add(task_id)
         if len(failed) >= PAUSE_AFTER and cell_id not in self._paused:
@@ -106,16 +108,21 @@ class Queue:
     def _is_paused(self, shard: Shard) -> bool:
         return shard.dense is None and shard.tasks[0].cell.cell_id in self._paused
 
+    def _untried(self, shard: Shard) -> Shard:
+        return replace(shard, tasks=tuple(task for task in shard.tasks if task.task_id not in self._tried))
+
     def _put(self, shards: Iterable[Shard], *, first: bool = True) -> None:
-        """Let shards wait, unless the run is halted or their cell paused meanwhile."""
-        more = [] if self._halted else [shard for shard in shards if not self._is_paused(shard)]
+        """Let shards wait, unless the run is halted or their cell paused meanwhile; of a shard, the tasks that
+        have not failed in this run."""
+        left = [] if self._halted else [self._untried(shard) for shard in shards]
+        more = [shard for shard in left if shard.dense or (shard.tasks and not self._is_paused(shard))]
         self.waiting = [*more, *self.waiting] if first else [*self.waiting, *more]
 
     def ended(self, shard_id: str, ending: Ending) -> list[Burial]:
         """The shard ended: decide what runs again. Returns the tasks that get a failed row now."""
         shard = self.running.pop(shard_id)
-        if ending.kind not in (End.STORE, End.NOT_STARTED):
-            self._in_a_row.clear()
+        for kind in set(self._in_a_row) - {ending.kind}:
+            del self._in_a_row[kind]
         follow: dict[End, Callable[[Shard, Ending], list[Burial]]] = {
             End.FINISHED: self._finished,
             End.ELSEWHERE: self._later,

@@ -150,7 +150,8 @@ class Reporter(tune.Callback):
         """The process is gone: what our own code raises comes as a result."""
         error = _error_of(trial)
         note = self.searcher.driver.note_of(self.searcher.shard_of[trial.trial_id])
-        reason = last_line(str(error)) or type(error).__name__
+        # Ray goes on with what may have been the cause.
+        reason = last_line(str(error)).partition(" Some common causes")[0] or type(error).__name__
         preempted = isinstance(error, RayActorError) and error.preempted
         self._ended(trial, seen(note, reason, preempted=preempted, memory="running low on memory" in str(error)))
 

@@ -78,8 +78,10 @@ def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
         why = str(error) or "its dense weights are gone"
         raise UserError(f"task {row.task_id} cannot be run here: {why}") from error
     (now,) = table_to_rows(rows_to_table([now]))  # curves are rounded to float32 on their way into a file
-    columns = [name for name in SCHEMA.names if name not in PROVENANCE]
-    differing = tuple(name for name in columns if not _equal(getattr(row, name), getattr(now, name)))
+    columns = [name for name in SCHEMA.names if name not in PROVENANCE and name != "schema_version"]
+    older = row.schema_version < now.schema_version  # then it lacks columns
+    pairs = {name: (getattr(row, name), getattr(now, name)) for name in columns}
+    differing = tuple(n for n, (then, today) in pairs.items() if not (_equal(then, today) or (older and then is None)))
     then, today = json.loads(recorded.json), json.loads(str(now.execution))
     changed = {key: (then[key], today[key]) for key in today if then[key] != today[key]}
     return Rerun(row, now, differing, changed, network)

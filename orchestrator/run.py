@@ -55,7 +55,7 @@ class Outcome:
 
 
 def run_spec(store: Store, document: Document, options: Options) -> Outcome:
-    """Check, expand, record and run a spec. Nothing is written before everything is checked."""
+    """Check, expand, record and run a spec. Nothing is written before spec, data, store and cluster are checked."""
     spec = check(document)
     check_data(spec.grid.dataset, options.data_root)
     store.check_writable()

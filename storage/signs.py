@@ -108,9 +108,14 @@ def is_here(note: Mapping[str, Any]) -> bool:
     return note["machine"] == machine()
 
 
+def signs(store: Store, folder: str) -> dict[str, dict[str, Any]]:
+    """The notes of a folder that are signs of life, by name."""
+    return {name: note for name, note in store.scratch.notes(folder).items() if _is_sign(note)}
+
+
 def living(store: Store, folder: str) -> dict[str, dict[str, Any]]:
-    """The notes of a folder that count, by name."""
-    return {name: note for name, note in store.scratch.notes(folder).items() if _is_sign(note) and counts(note)}
+    """Those of them that count."""
+    return {name: note for name, note in signs(store, folder).items() if counts(note)}
 
 
 def dead(store: Store, folder: str) -> list[str]:

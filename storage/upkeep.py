@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from storage.signs import dead, living
 if TYPE_CHECKING:
     from storage.manifest import Manifest
     from storage.store import Store
+
+DENSE_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ def unused(store: Store, manifests: list[Manifest]) -> Unused:
     tables = [store.plan_table(manifest) for manifest in manifests]
     dense = {dense_id for table in tables for dense_id in table["dense_id"].unique().to_pylist()}
     tasks = {task_id for table in tables for task_id in table["task_id"].to_pylist()}
-    weights = _without("dense", store.sizes("dense"), dense, "-")
+    ours = {name: size for name, size in store.sizes("dense").items() if DENSE_NAME.fullmatch(name)}
+    weights = _without("dense", ours, dense, "-")
     checkpoints = _without("scratch/checkpoints", store.sizes("scratch/checkpoints"), dense | tasks, ".")
     found = weights | checkpoints
     return Unused(tuple(sorted(found)), sum(found.values()))

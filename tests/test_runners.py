@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.documents import Document
 from orchestrator.run import Options, Outcome, run_spec, run_sweep
-from storage.records import Row, Task
+from storage.records import Row
 from storage.store import Store
 from tests.conftest import TINY, Cluster
 from tests.sweeps import assert_invariants, assert_same, committed, left_over, lose, rows
@@ -92,35 +92,6 @@ def test_a_dense_model_that_fails_and_two_precisions(runner: Runner, tmp_path: P
     losses = dict(store.sql("select precision, pruned_train_loss from rows").fetchall())
     assert losses["fp32"] != losses["bf16"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
-
-
-def test_a_task_that_kills_its_process_is_buried_alone(
-    cluster: Cluster, reference: dict[str, Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The deadly candidate gets a failed row by the driver; its neighbour in the shard is done, as ever."""
-
-    def plant_killer() -> None:
-        """What a segmentation fault in a kernel looks like, for candidate 1."""
-        import prunesweep
-
-        prunesweep.claim_rooms()
-        import workers.task
-
-        measure = workers.task.prune_and_measure
-
-        def deadly(task: Task, dense: object, worker: object) -> object:
-            return os._exit(139) if task.candidate == 1 else measure(task, dense, worker)  # pyright: ignore[reportArgumentType]
-
-        workers.task.prune_and_measure = deadly  # pyright: ignore[reportAttributeAccessIssue]
-
-    monkeypatch.setattr("orchestrator.cluster.SETUP_HOOK", plant_killer)
-    store = Store(str(tmp_path / "store"))
-    outcome = Runner(Options(address=cluster.address)).spec(store, "candidates.count=2", "grid.seed=0")
-    assert (outcome.done, outcome.failed, outcome.pending) == (1, 1, 0)
-    failed = store.sql("select error_class, candidate from rows where status = 'failed'").fetchall()
-    assert failed == [("ProcessDied", 1)]
-    done = rows(store)
-    assert_same(done, {task_id: reference[task_id] for task_id in done})
 
 
 def test_pretended_gpus_are_shared_as_asked(tmp_path: Path) -> None:

@@ -189,6 +189,16 @@ def test_a_driver_as_it_is(store: Store) -> None:
     assert standing(store, "mini", "driver").drivers == []
 
 
+def test_a_note_that_is_none_is_passed_over(store: Store) -> None:
+    """Scratch may hold anything: what is no sign of life counts as none, for drivers and for status."""
+    for folder in ("workers", "drivers"):
+        store.scratch.renew(f"{folder}/x", {"shard": "s0"})
+    with Driver(store, "mini", None, dict) as driver:
+        assert driver.elsewhere == frozenset()
+        assert driver.note_of("s0") is None
+        assert len(standing(store, "mini", "driver").drivers) == 1
+
+
 def test_a_worker_as_it_is(store: Store) -> None:
     """A real worker's task is running while it is at it, and its failure is not over before its row is there."""
     with Pulse(store, "d", Limits()) as pulse:

@@ -130,7 +130,8 @@ def test_compact_without_rows(store: Store, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "code", "told"), [("n\n", 2, "nothing was removed"), ("\n", 2, "nothing was removed"), ("", 130, "")]
+    ("answer", "code", "told"),
+    [("n\n", 2, "nothing was removed"), ("\n", 2, "nothing was removed"), ("", 2, "give --yes")],
 )
 def test_rm_asks(store: Store, run: Run, answer: str, code: int, told: str) -> None:
     """Whoever does not say yes, or cannot answer, keeps the sweep."""

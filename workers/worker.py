@@ -312,11 +312,10 @@ def count(network: nn.Module, example: torch.Tensor) -> tuple[int, int]:
 
 def is_memory_short(error: BaseException) -> bool:
     """Whether an error says that memory ran out, of the machine or of the device."""
-    import torch
-
     said = str(error).lower()
+    # Of torch, on a GPU and on a CPU; its OutOfMemoryError is a RuntimeError.
     by_torch = isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
-    return by_torch or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return by_torch or isinstance(error, MemoryError)
 
 
 def where_it_failed(row: Row) -> str:

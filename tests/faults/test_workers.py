@@ -84,11 +84,11 @@ def test_drivers_killed_at_random(many: bool, tmp_path: Path) -> None:
 
 
 def test_a_shard_with_every_poison(tmp_path: Path) -> None:
-    """One that segfaults, hangs, hangs holding Python's lock, eats memory, runs out of it, raises, or gives NaN, in
+    """One that segfaults, hangs, eats memory, runs out of it, raises, or gives NaN, in
     shards with good ones: the good rows are all there, each bad one has one failed row of the right class."""
     poison = {1: "segfault", 2: "hang", 3: "memory", 4: "memory error", 5: "raise", 6: "nan"}
     classes = {1: "ProcessDied", 2: "TimedOut", 3: "OutOfMemory", 4: "OutOfMemory", 5: "ValueError"}
-    text = spec(count=10, resources="candidates_per_shard: 10, workers: 1, task_minutes: 0.05, memory_gb: 2")
+    text = spec(count=10, resources="candidates_per_shard: 10, workers: 1, task_minutes: 0.1, memory_gb: 1")
     sweep = quick(tmp_path, text, poison)
     code, said = sweep.run("run", "quick.yaml")
     assert code == 3, said
@@ -106,6 +106,17 @@ def test_a_shard_with_every_poison(tmp_path: Path) -> None:
     sweep.resume()
     reference = sweep.reference()
     assert {t for t, _ in committed(sweep.store)} == reference.keys() and before <= committed(sweep.store)
+
+
+@pytest.mark.slow
+def test_a_task_that_holds_pythons_lock(tmp_path: Path) -> None:
+    """It keeps the worker's own threads from running too; the interpreter's timer ends it all the same."""
+    text = spec(count=3, resources="candidates_per_shard: 3, workers: 1, task_minutes: 0.05")
+    sweep = quick(tmp_path, text, {1: "held"})
+    code, said = sweep.run("run", "quick.yaml")
+    assert code == 3, said
+    assert {row.candidate: row.error_class for row in rows(sweep.store, "failed").values()} == {1: "ProcessDied"}
+    assert {row.candidate for row in rows(sweep.store).values()} == {0, 2}
 
 
 def test_a_worker_that_freezes_is_given_up(tmp_path: Path) -> None:
