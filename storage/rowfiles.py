@@ -34,7 +34,7 @@ ORIGIN = "file"
 ROW_FILES_SCHEMA = SCHEMA.append(pa.field(ORIGIN, pa.string()))
 COMPACTED = "compact-"
 COMPACTED_ROWS = 50_000
-"""A compacted file of this many rows is left as it is; what is written has no more, but for one origin's."""
+"""A compacted file has at most so many rows, but for one origin's."""
 
 ATTEMPTS_COLUMNS = ("task_id", "status")
 LOOKS = 100
@@ -186,42 +186,48 @@ def compact(store: Store) -> Compaction:
     """
     listing = look(store, _all, lambda name: row_file(store, name))
     aside = tuple(set_aside(store, problem) for problem in listing.problems)
-    full = {n for n, table in listing.tables.items() if is_compacted(n) and len(table) >= COMPACTED_ROWS}
-    small = [name for name in listing.tables if name not in full]
-    if len(small) < 2 and all(is_compacted(name) for name in small):
-        return Compaction(0, 0, 0, aside)
     once = counted_once(listing.tables)
-    written = rows = 0
-    for group in _groups([once[name] for name in small]):
-        table = pa.concat_tables(group)
+    merged = written = rows = 0
+    for group in _groups(once):
+        (first, *others) = group
+        if not others and is_compacted(first) and len(once[first]) == len(listing.tables[first]):
+            continue  # it is what this would write
+        table = pa.concat_tables([once[name] for name in group])
         if len(table):
             _write(store, table)
             written, rows = written + 1, rows + len(table)
-    for name in small:
-        store.delete(name)
-    return Compaction(len(small), written, rows, aside)
+        for name in group:
+            store.delete(name)
+        merged += len(group)
+    return Compaction(merged, written, rows, aside)
 
 
-def _groups(tables: list[pa.Table]) -> list[list[pa.Table]]:
-    """The tables in groups of at most COMPACTED_ROWS rows; none is split."""
-    groups: list[list[pa.Table]] = [[]]
+def _groups(tables: dict[str, pa.Table]) -> list[list[str]]:
+    """The names in groups of at most COMPACTED_ROWS rows together, or of one file."""
+    groups: list[list[str]] = []
     size = 0
-    for table in tables:
-        if groups[-1] and size + len(table) > COMPACTED_ROWS:
+    for name, table in tables.items():
+        if not groups or size + len(table) > COMPACTED_ROWS:
             groups.append([])
             size = 0
-        groups[-1].append(table)
+        groups[-1].append(name)
         size += len(table)
     return groups
 
 
 def _write(store: Store, table: pa.Table) -> None:
-    """Make `table` durable as one compacted file, and make sure that it reads back as it is."""
+    """Make `table` durable as one compacted file, and make sure that it reads back as it is.
+
+    If it is gone already, another compaction has its rows in a file of its own.
+    """
     content = parquet(table.sort_by([(name, "ascending") for name in ("cell_id", "candidate", "seed", ORIGIN)]))
     name = f"rows/{COMPACTED}{uuid.uuid4().hex}.parquet"
     store.commit(name, content)
-    found = row_file(store, name)
-    if isinstance(found, Problem) or len(found) != len(table) or store.read(name) != content:
+    try:
+        found, back = row_file(store, name), store.read(name)
+    except FileNotFoundError:
+        return
+    if isinstance(found, Problem) or len(found) != len(table) or back != content:
         store.delete(name)
         raise StoreError(f"{name} did not read back as it was written: nothing was removed")
 

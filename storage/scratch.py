@@ -7,8 +7,6 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from storage.commit import commit, replace
-
 if TYPE_CHECKING:
     from storage.store import Store
 
@@ -23,23 +21,23 @@ class Scratch:
 
     def note(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
         """Note `value` under `name` unless something is there, and return what is there."""
-        commit(self._store.fs, self._path(name), _json(value))
+        self._store.commit(_note(name), _json(value))
         return self.noted(name) or dict(value)
 
     def renew(self, name: str, value: Mapping[str, Any]) -> None:
         """Note `value` under `name`, in place of what is there; a power failure may undo it."""
-        replace(self._store.fs, self._path(name), _json(value), durable=False)
+        self._store.replace(_note(name), _json(value), durable=False)
 
     def noted(self, name: str) -> dict[str, Any] | None:
         """What was noted under `name`, or None."""
         try:
-            return json.loads(self._store.read(f"scratch/{name}.json"))
+            return json.loads(self._store.read(_note(name)))
         except (FileNotFoundError, ValueError):
             return None
 
     def forget(self, name: str) -> None:
         """Remove a note; it may be gone already."""
-        self._store.delete(f"scratch/{name}.json")
+        self._store.delete(_note(name))
 
     def notes(self, folder: str) -> dict[str, dict[str, Any]]:
         """All notes under a folder of scratch, by name."""
@@ -48,7 +46,7 @@ class Scratch:
 
     def save_checkpoint(self, key: str, content: bytes) -> None:
         """Keep `content` as the checkpoint of a task or a dense model, in place of an earlier one."""
-        replace(self._store.fs, f"{self._store.root}/{_checkpoint(key)}", hashlib.sha256(content).digest() + content)
+        self._store.replace(_checkpoint(key), hashlib.sha256(content).digest() + content)
 
     def checkpoint(self, key: str) -> bytes | None:
         """The checkpoint of a task or a dense model, or None. Raises ValueError where it is damaged."""
@@ -68,12 +66,13 @@ class Scratch:
         """The keys that have a checkpoint."""
         return [name.removesuffix(".checkpoint") for name in self._store.names("scratch/checkpoints")]
 
-    def _path(self, name: str) -> str:
-        return f"{self._store.root}/scratch/{name}.json"
-
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(dict(value)).encode()
+
+
+def _note(name: str) -> str:
+    return f"scratch/{name}.json"
 
 
 def _checkpoint(key: str) -> str:

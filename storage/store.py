@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from storage.commit import again, commit, patiently
+from storage.commit import again, commit, patiently, replace
 from storage.errors import QueryError, StoreError
 from storage.identity import SWEEP_NAME
 from storage.manifest import PLAN_SCHEMA, Manifest, PlannedTask, plan_batches
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     import duckdb
 
 T = TypeVar("T")
+
+SMALL_BYTES = 4 * 2**20
+"""Below pyarrow's size of a part of an upload to S3, 5 MiB and more."""
 
 _READ_ERRORS = (pa.ArrowException, ValueError, OSError, KeyError)
 
@@ -58,9 +61,11 @@ class Store:
             raise StoreError(f"{self.location!r} is no store location: give a folder, or a URI as s3://bucket/prefix")
         try:
             if "://" in self.location:
-                self.fs, root = pafs.FileSystem.from_uri(_one_put(self.location))
+                self.fs, root = pafs.FileSystem.from_uri(self.location)
+                self._for_small, _ = pafs.FileSystem.from_uri(_one_put(self.location))
             else:
                 self.fs, root = pafs.LocalFileSystem(), str(Path(self.location).expanduser().absolute())
+                self._for_small = self.fs
         except (pa.ArrowException, ValueError, OSError) as error:
             raise StoreError(f"{self.location} is no store location: {error}") from error
         self.root = root.rstrip("/")
@@ -86,9 +91,9 @@ class Store:
     def check_writable(self) -> None:
         """Raise StoreError unless a file can be written. Leaves no trace, not even a new folder."""
         if not self.is_local:
-            path = f"{self.root}/scratch/probe-{uuid.uuid4().hex}"
-            commit(self.fs, path, b"")
-            self.fs.delete_file(path)
+            probe = f"scratch/probe-{uuid.uuid4().hex}"
+            self.commit(probe, b"")
+            self.delete(probe)
             return
         folder = Path(self.root)
         try:
@@ -96,9 +101,9 @@ class Store:
                 folder = folder.parent
             if not folder.is_dir():
                 raise StoreError(f"{folder} is a file: a store is a folder")
-            probe = folder / f".prunesweep-{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink()
+            file = folder / f".prunesweep-{uuid.uuid4().hex}"
+            file.touch()
+            file.unlink()
         except OSError as error:
             message = f"the store {self.location} is not writable: {error.strerror} ({folder})"
             raise StoreError(message) from error
@@ -142,7 +147,18 @@ class Store:
 
     def commit(self, name: str, content: bytes) -> None:
         """Make `content` durable; a file that is there already stays as it is. Raises StoreError."""
-        commit(self.fs, f"{self.root}/{name}", content)
+        commit(self._fs_for(content), f"{self.root}/{name}", content)
+
+    def replace(self, name: str, content: bytes, *, durable: bool = True) -> None:
+        """Write `content` in place of what is there: old or new, never a mixture. Raises StoreError."""
+        replace(self._fs_for(content), f"{self.root}/{name}", content, durable=durable)
+
+    def _fs_for(self, content: bytes) -> pafs.FileSystem:
+        """Small files are written in one request, large ones as uploads of parts from the start.
+
+        A file system that begins as one and goes on as the other can leave a part under the name.
+        """
+        return self._for_small if len(content) < SMALL_BYTES else self.fs
 
     def delete(self, name: str) -> None:
         """Remove a file; it may be gone already. Raises StoreError."""
@@ -155,13 +171,21 @@ class Store:
 
     def move(self, name: str, target: str) -> None:
         """Move a file; another process may have done so already. Raises StoreError."""
-        try:
-            self.fs.create_dir(f"{self.root}/{target.rpartition('/')[0]}", recursive=True)
+
+        def move() -> None:
+            if self.is_local:  # elsewhere there are no folders
+                self.fs.create_dir(f"{self.root}/{target.rpartition('/')[0]}", recursive=True)
             self.fs.move(f"{self.root}/{name}", f"{self.root}/{target}")
-        except FileNotFoundError:
-            return
+
+        try:
+            self._asked(move)
         except OSError as error:
+            if not self._is_there(name):
+                return
             raise StoreError(f"cannot move {self.location}/{name}: {error.strerror or error}") from error
+
+    def _is_there(self, name: str) -> bool:
+        return self._asked(lambda: self.fs.get_file_info(f"{self.root}/{name}")).type != pafs.FileType.NotFound
 
     # -- rows -------------------------------------------------------------------------------------
 
@@ -338,6 +362,6 @@ def _dense_name(dense_id: str, sha256: str) -> str:
 
 def _one_put(uri: str) -> str:
     """An s3:// URI whose small files are written in one request, not as uploads of parts."""
-    if not uri.startswith("s3://") or "allow_delayed_open" in uri:
+    if not uri.startswith("s3://"):
         return uri
     return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"

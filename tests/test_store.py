@@ -353,7 +353,8 @@ def _two() -> list[tuple[Task, str]]:
 def test_an_object_store_works_like_a_folder(tmp_path: Path) -> None:
     """Nothing but plain reads, lists and puts is asked of the file system."""
     store = Store(tmp_path)
-    store.fs, store.root = pafs.SubTreeFileSystem(str(tmp_path), LOCAL), "prefix"
+    store.fs = store._for_small = pafs.SubTreeFileSystem(str(tmp_path), LOCAL)
+    store.root = "prefix"
     for folder in ("sweeps/mini", "rows", "dense", "scratch/x"):  # on an object store, folders need not be
         (tmp_path / "prefix" / folder).mkdir(parents=True)
     before = tree(tmp_path)
