@@ -58,7 +58,7 @@ WATCH_SECONDS = 5.0
     "--by", type=click.Choice(["cell", "shard", "sweep", "driver", "failure"]), default="cell", show_default=True
 )
 @click.option("--failed", is_flag=True, help="What failed, by error class: the same as --by failure.")
-@click.option("--watch", is_flag=True, help="Show it again every few seconds, until the sweep is done.")
+@click.option("--watch", is_flag=True, help="Show it again every few seconds, until nothing is left to run.")
 @store_option
 @output_options
 def status(sweep: str, by: str, failed: bool, watch: bool, store: str, form: str, output: Path | None) -> None:
@@ -83,7 +83,7 @@ def status(sweep: str, by: str, failed: bool, watch: bool, store: str, form: str
             click.clear()
         emit(found.table, form, output)
         _say_standing(sweep, found)
-        if not watch or found.whole["done"] == found.whole["tasks"]:
+        if not watch or not (found.drivers or found.whole["running"] or found.whole["pending"]):
             return
         time.sleep(WATCH_SECONDS)
 

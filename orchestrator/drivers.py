@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StoreError
@@ -55,7 +54,8 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         self.sign.__exit__()
         if self._told:
-            self._store.scratch.forget(stop_note(self.id))
+            with suppress(StoreError):
+                self._store.scratch.forget(stop_note(self.id))
 
     def leave(self, shard_id: str) -> None:
         """Another driver has this shard, as a worker has found: leave it until the next look says otherwise."""
@@ -69,22 +69,26 @@ class Driver:
             return None
         mine = {n: note for n, note in notes.items() if (note.get("driver"), note.get("shard")) == (self.id, shard_id)}
         for name in mine:
-            self._store.scratch.forget(name)
+            with suppress(StoreError):
+                self._store.scratch.forget(name)
         return max(mine.values(), key=lambda note: note["beat_at"], default=None)
 
     def _look(self) -> None:
         """Called by the thread: what is elsewhere, who is frozen, whether to stop."""
         try:
-            notes = signs(self._store, "workers")
             if self.stop.is_set() and not self._told:
                 self._store.scratch.note(stop_note(self.id), {})
                 self._told = True
+            notes = signs(self._store, "workers")
         except StoreError:
+            self._beats.clear()  # nobody could be seen: nobody was seen to be still
             return
+        if not self.sign.renewed:
+            self._beats.clear()  # ours cannot be written either: it is the store that is still
         others = [n for n in notes.values() if n.get("driver") != self.id and n.get("shard") and counts(n)]
         self.elsewhere = frozenset(str(note["shard"]).split(".")[0] for note in others)
         for name, note in notes.items():
-            if note.get("driver") == self.id and note.get("shard") and self._is_frozen(name, note["beat_at"]):
+            if note.get("driver") == self.id and note.get("node") and self._is_frozen(name, note["beat_at"]):
                 self.end_worker(note)
 
     def _is_frozen(self, name: str, beat: str) -> bool:
@@ -98,7 +102,7 @@ class Driver:
 
 def drivers(store: Store, sweep: str) -> list[dict[str, Any]]:
     """The notes of a sweep's drivers that live, as far as can be told from here."""
-    return [note for note in living(store, "drivers").values() if note["sweep"] == sweep]
+    return [note for note in living(store, "drivers").values() if note.get("sweep") == sweep]
 
 
 @contextmanager
@@ -107,7 +111,9 @@ def heeding_signals(stop: threading.Event) -> Iterator[None]:
 
     SIGINT too where a shell's `&` had it ignored.
     """
-    timer = threading.Timer(GRACE_SECONDS, _thread.interrupt_main)
+    main = threading.main_thread().ident or 0
+    # A signal also wakes a main thread that waits; interrupt_main would only set a flag.
+    timer = threading.Timer(GRACE_SECONDS, lambda: signal.pthread_kill(main, signal.SIGINT))
     timer.daemon = True
 
     def heed(*_: object) -> None:

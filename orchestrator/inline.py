@@ -6,6 +6,7 @@ What ends a process ends the run: limits of time and memory are for Ray's worker
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
@@ -43,7 +44,7 @@ def _run(precision: str, worker: Worker, options: Options, account: Account, dri
             continue
         ending = Ending(End.FINISHED)
         try:
-            for row in _rows(shard, worker):
+            for row in _rows(shard, worker, driver.id):
                 account.row(row)
         except Exception as error:
             if options.debug:
@@ -55,15 +56,21 @@ def _run(precision: str, worker: Worker, options: Options, account: Account, dri
         account.ended(shard.shard_id, ending)
 
 
-def _rows(shard: Shard, worker: Worker) -> Iterator[Row]:
+def _rows(shard: Shard, worker: Worker, driver_id: str) -> Iterator[Row]:
     """The shard's rows; a precision other than this process's in a process of its own."""
     if shard.precision == worker.precision:
         yield from worker.run_shard(shard)
         return
+    assert worker.pulse is not None
+    here = (worker.store.absolute, worker.data_root, worker.cpu, driver_id, worker.pulse.limits)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        yield from pool.submit(_elsewhere, shard, worker.store.absolute, worker.data_root, worker.cpu).result()
+        yield from pool.submit(_elsewhere, shard, *here).result()
 
 
-def _elsewhere(shard: Shard, location: str, data_root: str, cpu: bool) -> list[Row]:
-    return list(Worker(Store(location), data_root, shard.precision, cpu=cpu).run_shard(shard))
+def _elsewhere(shard: Shard, location: str, data_root: str, cpu: bool, driver_id: str, limits: Limits) -> list[Row]:
+    """The shard's rows, by a worker that heeds the driver's wish to stop; signals are the driver's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    store = Store(location)
+    with Pulse(store, driver_id, limits) as pulse:
+        return list(Worker(store, data_root, shard.precision, cpu=cpu, pulse=pulse).run_shard(shard))

@@ -52,6 +52,7 @@ class Queue:
     _in_a_row: Counter[End] = field(default_factory=Counter)
     _halted: bool = False
     _tried: set[str] = field(default_factory=set)
+    _remade: set[str] = field(default_factory=set)
 
     @staticmethod
     def of(shards: Iterable[Shard], denses: Iterable[Dense], order: random.Random) -> Queue:
@@ -166,9 +167,9 @@ class Queue:
         """The dense weights are gone or were damaged: train them again, once."""
         dense = shard.needs
         if dense.dense_id not in self.pending_dense:
-            if self._deaths[f"remade {dense.dense_id}"]:
+            if dense.dense_id in self._remade:
                 return self._error(shard, ending)
-            self._deaths[f"remade {dense.dense_id}"] += 1
+            self._remade.add(dense.dense_id)
             self.pending_dense.add(dense.dense_id)
             self._put([_training(dense)])
         self._put([shard], first=False)
@@ -195,7 +196,7 @@ class Queue:
         mine = [task for task in shard.tasks if task.task_id == ending.task]
         if not mine:
             return self._died(shard, ending)
-        if len(shard.tasks) == 1:
+        if shard.shard_id != shard.filed_under:
             return [Burial(shard.filed_under, mine[0], OUT_OF_MEMORY, ending.reason)]
         self._set_apart(shard, mine)
         return []

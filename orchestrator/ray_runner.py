@@ -166,8 +166,11 @@ def _error_of(trial: Any) -> Exception | None:
     """What ended a trial. Tune has just written it to a file of its own, which is not yet where it looks for it."""
     if not trial.pickled_error_file:
         return None
-    with Path(trial.pickled_error_file).open("rb") as file:
-        return ray.cloudpickle.load(file)
+    try:
+        with Path(trial.pickled_error_file).open("rb") as file:
+            return ray.cloudpickle.load(file)
+    except Exception as error:  # whatever its class does when it is loaded: the death is what counts
+        return error
 
 
 def run_on_ray(account: Account, store: Store, options: Options, driver: Driver) -> None:
@@ -195,6 +198,8 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
 
 def end_worker(note: Mapping[str, Any]) -> None:
     """End the process of a worker's note, on its node; one that is frozen too. Does not wait."""
+    if not ray.is_initialized():  # the run is over; asking would start another Ray
+        return
     strategy = NodeAffinitySchedulingStrategy(note["node"], soft=False)
     _kill.options(scheduling_strategy=strategy).remote(note["pid"], note["process_started"])
 

@@ -1,7 +1,7 @@
 """One file made durable, whole or not at all.
 
 On a local file system: a temporary name in the same folder, fsync, link without replacing (or rename,
-to replace), fsync of the folder. On an object store: one PUT. What was cut off leaves at most a
+to replace), fsync of the folder. On an object store: one PUT, or one upload in parts. What was cut off leaves at most a
 temporary file, which says who wrote it, so that `sweep_temporaries` can tell when nobody needs it.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +31,8 @@ RESERVE_BYTES = 64 * 2**20
 
 ABANDONED_SECONDS = 3600.0
 """A temporary file of another machine that has not changed for this long belongs to nobody."""
+
+_TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{12}\.tmp")
 
 RETRIES = 5
 RETRY_SECONDS = 0.5
@@ -166,27 +170,26 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def sweep_temporaries(folder: str) -> list[str]:
-    """Remove what writers that are gone left below a local `folder`; return the names.
+def sweep_temporaries(root: str, folders: Iterable[str]) -> list[str]:
+    """Remove what writers that are gone left below local `folders` of `root`; return the names.
 
     What cannot be looked at or removed stays: it does no harm, and the next sweep tries again.
     """
     gone: list[str] = []
-    for at, _, names in os.walk(folder):  # passes over folders that are gone meanwhile
-        for path in (Path(at, name) for name in names if name.startswith(".") and name.endswith(".tmp")):
+    for at, _, names in chain.from_iterable(os.walk(Path(root, folder)) for folder in folders):
+        for path in (Path(at, name) for name in names):
             with suppress(OSError):
                 if _is_abandoned(path):
                     path.unlink(missing_ok=True)
-                    gone.append(str(path.relative_to(folder)))
+                    gone.append(str(path.relative_to(root)))
     return gone
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether a temporary file's writer is gone: its process here, or, elsewhere, long without a change."""
-    where, pid, *_ = [*path.name.removesuffix(".tmp").rpartition(".")[2].split("-"), ""]
-    if where == machine() and pid.isdigit():
-        return not is_alive(int(pid))
-    try:
-        return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
-    except FileNotFoundError:
+    """Whether this is a temporary file of ours whose writer is gone: its process here, or long without a change."""
+    found = _TEMPORARY.fullmatch(path.name)
+    if found is None:
         return False
+    if found["machine"] == machine() and not is_alive(int(found["pid"])):
+        return True
+    return time.time() - path.stat().st_mtime > ABANDONED_SECONDS

@@ -37,3 +37,5 @@ def is_alive(pid: int, started: float | None = None) -> bool:
         return there and (started is None or abs(process.create_time() - started) < 1)
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:
+        return True

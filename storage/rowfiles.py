@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.errors import StoreError
+from storage.identity import SCHEMA_VERSION
 from storage.schema import SCHEMA, conform
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ ORIGIN = "file"
 ROW_FILES_SCHEMA = SCHEMA.append(pa.field(ORIGIN, pa.string()))
 COMPACTED = "compact-"
 COMPACTED_ROWS = 50_000
-"""A compacted file has at most so many rows, but for one origin's."""
+"""A compacted file has at most so many rows, but for one origin's. With half of them it is never merged
+again; two with less always are."""
+
 
 ATTEMPTS_COLUMNS = ("task_id", "status")
 LOOKS = 100
@@ -145,6 +148,8 @@ def row_file(store: Store, name: str, columns: Sequence[str] | None = None) -> p
             raise ValueError(f"no column {ORIGIN}")
         origin = table[ORIGIN].cast(pa.string()) if is_compacted(name) else pa.array([name] * len(table), pa.string())
         whole = conform(table).append_column(ORIGIN, origin)
+    except pa.ArrowMemoryError as error:
+        raise StoreError(f"no memory to read {store.location}/{name}") from error
     except (pa.ArrowException, ValueError, OSError, KeyError) as error:
         return Problem(name, str(error).splitlines()[0] if str(error) else type(error).__name__)
     return whole.select([*columns, ORIGIN]) if columns else whole
@@ -187,19 +192,29 @@ def compact(store: Store) -> Compaction:
     listing = look(store, _all, lambda name: row_file(store, name))
     aside = tuple(set_aside(store, problem) for problem in listing.problems)
     once = counted_once(listing.tables)
-    merged = written = rows = 0
-    for group in _groups(once):
-        (first, *others) = group
-        if not others and is_compacted(first) and len(once[first]) == len(listing.tables[first]):
-            continue  # it is what this would write
+    small = [name for name, table in listing.tables.items() if not (_is_full(name, table) or _is_newer(table))]
+    if len(small) < 2 and all(is_compacted(name) for name in small):
+        return Compaction(0, 0, 0, aside)
+    written = rows = 0
+    for group in _groups({name: once[name] for name in once if name in small}):
         table = pa.concat_tables([once[name] for name in group])
         if len(table):
             _write(store, table)
             written, rows = written + 1, rows + len(table)
-        for name in group:
-            store.delete(name)
-        merged += len(group)
-    return Compaction(merged, written, rows, aside)
+    for name in small:  # only now: each of their rows is in a file of ours, or in one that stays
+        store.delete(name)
+    return Compaction(len(small), written, rows, aside)
+
+
+def _is_full(name: str, table: pa.Table) -> bool:
+    """Whether a file is never removed: what others leave out because it is there, stays there."""
+    return is_compacted(name) and len(table) >= COMPACTED_ROWS / 2
+
+
+def _is_newer(table: pa.Table) -> bool:
+    """Whether a newer prunesweep wrote it: its columns are not ours to drop."""
+    newest = pc.call_function("max", [table["schema_version"]]).as_py()
+    return (newest or 0) > SCHEMA_VERSION
 
 
 def _groups(tables: dict[str, pa.Table]) -> list[list[str]]:

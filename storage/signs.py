@@ -10,8 +10,10 @@ import datetime as dt
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StoreError
@@ -51,7 +53,8 @@ class Sign:
             tick,
             seconds,
         )
-        self._end = threading.Event()
+        self.renewed = True
+        self._end, self._lock = threading.Event(), threading.RLock()
         self._thread = threading.Thread(target=self._live, name=f"sign of life in {folder}", daemon=True)
         pid = os.getpid()
         self._who = {
@@ -75,22 +78,23 @@ class Sign:
         except StoreError:
             return
 
-    def beat(self, **more: Any) -> None:
-        """Renew the note now."""
-        note = {**self._who, **self._about(), **more, "beat_at": utc_now().isoformat(timespec="milliseconds")}
-        try:
-            self._store.scratch.renew(self._name, note)
-        except StoreError:
-            return
+    def beat(self, **more: Any) -> bool:
+        """Renew the note now; whether that could be done. Of two threads that do, the later note stays."""
+        with self._lock:
+            note = {**self._who, **self._about(), **more, "beat_at": utc_now().isoformat(timespec="milliseconds")}
+            try:
+                self._store.scratch.renew(self._name, note)
+            except StoreError:
+                return False
+            return True
 
     def _live(self) -> None:
-        waited = 0.0
+        last = time.monotonic()
         while not self._end.wait(min(self._seconds, BEAT_SECONDS)):
-            self._tick()
-            waited += self._seconds
-            if waited >= BEAT_SECONDS:
-                waited = 0.0
-                self.beat()
+            with suppress(Exception):  # this thread is the sign of life: nothing may end it
+                self._tick()
+            if time.monotonic() - last >= BEAT_SECONDS:
+                last, self.renewed = time.monotonic(), self.beat()
 
 
 def age(note: Mapping[str, Any]) -> float:
@@ -124,4 +128,4 @@ def dead(store: Store, folder: str) -> list[str]:
 
 
 def _is_sign(note: Mapping[str, Any]) -> bool:
-    return {"machine", "pid", "process_started", "beat_at"} <= set(note)
+    return {"machine", "pid", "process_started", "started_at", "beat_at"} <= set(note)

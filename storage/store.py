@@ -185,7 +185,11 @@ class Store:
             raise StoreError(f"cannot move {self.location}/{name}: {error.strerror or error}") from error
 
     def _is_there(self, name: str) -> bool:
-        return self._asked(lambda: self.fs.get_file_info(f"{self.root}/{name}")).type != pafs.FileType.NotFound
+        try:
+            found = self._asked(lambda: self.fs.get_file_info(f"{self.root}/{name}"))
+        except OSError:
+            return True  # not known to be gone
+        return found.type != pafs.FileType.NotFound
 
     # -- rows -------------------------------------------------------------------------------------
 
@@ -298,26 +302,26 @@ class Store:
 
         A file that is not what its name says does not count; `set_damaged_dense_aside` removes it.
         """
-        for info in self._dense_files(dense_id):
-            content = self.read(f"dense/{info.base_name}")
-            sha256 = hashlib.sha256(content).hexdigest()
-            if info.base_name == _dense_name(dense_id, sha256):
-                return DenseFile(f"dense/{info.base_name}", sha256, content)
+        for name, sha256, content in self._dense_contents(dense_id):
+            if name == _dense_name(dense_id, sha256):
+                return DenseFile(f"dense/{name}", sha256, content)
         return None
 
-    def _dense_files(self, dense_id: str) -> list[pafs.FileInfo]:
+    def _dense_contents(self, dense_id: str) -> Iterator[tuple[str, str, bytes]]:
+        """(file, SHA-256, content), the one committed first before the others."""
         infos = [i for i in self._files("dense") if i.base_name.startswith(f"{dense_id}-")]
-        return sorted(infos, key=lambda i: (i.mtime_ns or 0, i.base_name))
+        for info in sorted(infos, key=lambda i: (i.mtime_ns or 0, i.base_name)):
+            try:
+                content = self.read(f"dense/{info.base_name}")
+            except FileNotFoundError:  # another process has set it aside
+                continue
+            yield info.base_name, hashlib.sha256(content).hexdigest(), content
 
     def set_damaged_dense_aside(self, dense_id: str) -> list[Problem]:
         """Move the weights under this id that are not what their name says into aside/."""
-        problems: list[Problem] = []
-        for info in self._dense_files(dense_id):
-            name = f"dense/{info.base_name}"
-            if info.base_name != _dense_name(dense_id, hashlib.sha256(self.read(name)).hexdigest()):
-                problem = Problem(name, "its content does not match the hash in its name")
-                problems.append(set_aside(self, problem))
-        return problems
+        why = "its content does not match the hash in its name"
+        found = [name for name, sha, _ in self._dense_contents(dense_id) if name != _dense_name(dense_id, sha)]
+        return [set_aside(self, Problem(f"dense/{name}", why)) for name in found]
 
     def commit_dense(self, dense_id: str, content: bytes) -> str:
         """Make dense weights durable and return their name: `<dense_id>-<sha256, 8 digits>`."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from storage.manifest import Manifest
     from storage.store import Store
 
+FOLDERS = ("rows", "sweeps", "dense", "networks", "scratch", "aside")
+"""All that is the store's below its root: what else lies there is not."""
+
 DENSE_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}\.safetensors")
 
 
@@ -29,7 +32,7 @@ def tidy(store: Store, is_done: Callable[[str], bool]) -> None:
     """Remove what processes that are gone left: temporary files, signs of life, wishes to stop, and
     checkpoints of tasks whose row is there."""
     if store.is_local:
-        sweep_temporaries(store.root)
+        sweep_temporaries(store.root, FOLDERS)
     for folder in ("drivers", "workers"):
         for name in dead(store, folder):
             store.scratch.forget(name)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -265,7 +266,7 @@ def test_an_optimizer_goes_on(make: type[torch.optim.Optimizer]) -> None:
             net(torch.full((2, 3, 8, 8), 0.1 * i)).square().mean().backward()
             optimizer.step()
 
-    arguments = {"lr": 0.1} | ({"momentum": 0.9} if make is torch.optim.SGD else {})
+    arguments: dict[str, Any] = {"lr": 0.1} | ({"momentum": 0.9} if make is torch.optim.SGD else {})
     one = network()
     optimizer = make(one.parameters(), **arguments)
     steps(one, optimizer, 3)

@@ -202,12 +202,15 @@ def test_memory_short_beside_others_and_alone() -> None:
     assert rest == replace(whole, tasks=(whole.tasks[0], whole.tasks[2]))
     reason = "because of no memory"
     assert end(of, alone, End.NO_MEMORY, whole.tasks[1]) == [Burial("s0", whole.tasks[1], OUT_OF_MEMORY, reason)]
-    # The next one of the same shard is set apart likewise, down to the last, who was alone already.
+    # The next one of the same shard is set apart likewise, down to the last: what ran before it may be in its way.
     assert end(of, rest, End.NO_MEMORY, whole.tasks[0]) == []
     assert start(of).tasks == whole.tasks[:1]
     last = start(of)
     assert last == replace(whole, tasks=whole.tasks[2:])
-    assert [b.task for b in end(of, last, End.NO_MEMORY, whole.tasks[2])] == [whole.tasks[2]]
+    assert end(of, last, End.NO_MEMORY, whole.tasks[2]) == []
+    again = start(of)
+    assert again.tasks == last.tasks and again.shard_id != last.shard_id
+    assert [b.task for b in end(of, again, End.NO_MEMORY, whole.tasks[2])] == [whole.tasks[2]]
     assert of.waiting == [] and of.problems == []
 
 

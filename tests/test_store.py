@@ -5,6 +5,7 @@ import errno
 import io
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from pyarrow import fs as pafs
 from storage.commit import commit
 from storage.errors import QueryError, StoreError
 from storage.manifest import PlannedTask, planned_tasks
-from storage.records import Task
-from storage.rowfiles import Attempts, Problem
-from storage.schema import table_to_rows
+from storage.records import Row, Task
+from storage.rowfiles import Attempts, Problem, parquet
+from storage.schema import rows_to_table, table_to_rows
 from storage.sql import run_query
 from storage.store import Store
 from tests.rows import L1, NOON, ORACLE, SAMPLED, done, failed, plan, tasks, tree
@@ -370,3 +371,42 @@ def test_an_object_store_works_like_a_folder(tmp_path: Path) -> None:
     query = "select task_id, status from tasks order by position"
     assert store.sql(query).fetchall() == [(t.task_id, s) for t, s in _two()]
     assert (store.sweeps(), store.is_local) == (["mini"], False)
+
+
+def test_what_two_compactions_have_is_never_lost_to_a_third(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compaction that is slow to remove, one that is killed and one that begins between them: every row stays."""
+    store = Store(tmp_path)
+    monkeypatch.setattr("storage.rowfiles.COMPACTED_ROWS", 5)
+    first, second, both = (done(task) for task in tasks(ORACLE, 3))
+    names = {one: f"rows/s0-{i}.parquet" for i, one in enumerate((first, second, both))}
+
+    def table(*some: Row) -> pa.Table:
+        whole = rows_to_table(some)
+        return whole.append_column("file", pa.array([names[one] for one in some], pa.string()))
+
+    store.commit("rows/compact-1a.parquet", parquet(table(both, first)))
+    store.commit("rows/compact-2b.parquet", parquet(table(both, second)))
+    before = store.statuses()
+    delete, held = Store.delete, list[str]()
+    monkeypatch.setattr(Store, "delete", lambda _, name: held.append(name))  # a slow one, and a killed one
+    store.compact()
+    store.compact()
+    monkeypatch.setattr(Store, "delete", delete)
+    store.compact()
+    assert store.statuses() == before
+    for name in held:
+        store.delete(name)
+    assert store.statuses() == before and len(before) == 3
+
+
+def test_what_a_newer_version_wrote_is_not_merged(tmp_path: Path) -> None:
+    """Its columns are not ours to drop: its rows count, and its file stays as it is."""
+    store = Store(tmp_path)
+    newer = rows_to_table([replace(done(Task(ORACLE, 0, 0)), schema_version=99)]).append_column("news", pa.array([1]))
+    store.commit("rows/s0-0.parquet", parquet(newer))
+    for task in tasks(ORACLE, 3)[1:]:
+        store.commit_rows("s0", [done(task)])
+    store.compact()
+    assert "rows/s0-0.parquet" in store.row_file_names() and len(store.row_file_names()) == 2
+    assert len(store.statuses()) == 3
+    assert b"news" in store.read("rows/s0-0.parquet")

@@ -318,7 +318,7 @@ def test_memory_that_runs_out_beside_others_is_no_failure_yet(
         with pytest.raises(MemoryShort) as raised:
             list(Worker(store, "none").run_shard(Shard("s0", (TASK, Task(CELL, 4, 0)))))
         assert raised.value.args[0] == TASK.task_id
-        (row,) = Worker(store, "none").run_shard(Shard("s0", (TASK,)))
+        (row,) = Worker(store, "none").run_shard(Shard(f"s0.{TASK.task_id}", (TASK,)))
         assert (row.status, row.error_class) == ("failed", "OutOfMemory")
 
 

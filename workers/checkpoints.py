@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from storage.scratch import Scratch
 
 
+FORMAT = 1
+"""Of a checkpoint's content: one of another format is as none."""
+
+
 @dataclass(frozen=True)
 class State:
     """A training between two minibatches: tensors by name, and what is no tensor."""
@@ -46,7 +50,7 @@ class Checkpoint:
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._scratch, self._key, self._about, self._seconds = scratch, key, dict(about), seconds
+        self._scratch, self._key, self._about, self._seconds = scratch, key, {"format": FORMAT, **about}, seconds
         self._stop, self._report = stop, report
         self._last = time.monotonic()
         self.exists = False
@@ -89,8 +93,10 @@ class Checkpoint:
             self._report(f"{error}: {self._key} is trained from its start")
             self.exists = True
             return None
-        if found["about"] != self._about:
-            self._report(f"the checkpoint of {self._key} is of another execution: it is trained from its start")
+        if found.get("about") != self._about:
+            self._report(
+                f"the checkpoint of {self._key} is of another execution, or format: it is trained from its start"
+            )
             return None
         return State(load(content), found["values"])
 
@@ -148,7 +154,8 @@ def restore_generators(state: State) -> None:
 
     torch.set_rng_state(state.tensors["torch"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        torch.cuda.set_rng_state(state.tensors[f"cuda/{i}"], i)
+        if f"cuda/{i}" in state.tensors:  # another process may have seen fewer
+            torch.cuda.set_rng_state(state.tensors[f"cuda/{i}"], i)
     kind, position, has_gauss, cached = state.values["numpy"]
     np.random.set_state((kind, state.tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
     version, words, gauss = state.values["python"]

@@ -75,7 +75,7 @@ class Pulse:
     @contextmanager
     def at(self, shard: str, task: str | None, *, limited: bool = True) -> Iterator[None]:
         """While this lasts, the note says so; and the limits hold, where it is `limited`."""
-        self._about |= {"shard": shard, "task": task}
+        self._about = {**self._about, "shard": shard, "task": task}
         self._sign.beat()
         self._since = time.monotonic() if limited else None
         limit = self.limits.task_seconds if limited else None
@@ -85,7 +85,7 @@ class Pulse:
             yield
         finally:
             self._since = None
-            self._about |= {"shard": None, "task": None}
+            self._about = {**self._about, "shard": None, "task": None}
             if limit:
                 faulthandler.cancel_dump_traceback_later()
 
@@ -99,11 +99,11 @@ class Pulse:
     def _tick(self) -> None:
         if not self.stop.is_set() and self._asked_to_stop():
             self.stop.set()
-        since, limits = self._since, self.limits
+        since, limits, about = self._since, self.limits, self._about
         if since is not None and limits.task_seconds and time.monotonic() - since > limits.task_seconds:
-            self._end(TIME)
+            self._end(TIME, about)
         if since is not None and limits.memory_bytes and _resident() > limits.memory_bytes:
-            self._end(MEMORY)
+            self._end(MEMORY, about)
 
     def _asked_to_stop(self) -> bool:
         try:
@@ -111,8 +111,8 @@ class Pulse:
         except StoreError:
             return False
 
-    def _end(self, verdict: str) -> None:
-        self._sign.beat(verdict=verdict)
+    def _end(self, verdict: str, about: dict[str, Any]) -> None:
+        self._sign.beat(**about, verdict=verdict)
         os._exit(ENDED[verdict])
 
 

@@ -31,7 +31,7 @@ LOOK_AGAIN_SECONDS = 5.0
 """How old a worker's knowledge of what others have done may be when it starts a task."""
 
 PAUSE_AFTER = 5
-"""So many tasks of a cell that fail at the same place pause the cell."""
+"""So many tasks of a cell that fail at the same place pause the cell: the rest stays pending."""
 
 OUT_OF_MEMORY = "OutOfMemory"
 """The error class of a task that ran out of memory alone, whatever the library called it."""
@@ -53,7 +53,7 @@ class MemoryShort(Exception):
 
 
 class Repeated(Exception):
-    """Tasks of one cell fail one after the other at the same place."""
+    """Too many tasks of one cell fail at the same place."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Worker:
             if "done" in statuses:
                 continue
             with self._at(shard, task.task_id):
-                alone = len(shard.tasks) == 1
+                alone = shard.shard_id != shard.filed_under
                 row = self.attempt(task, keep=shard.keep, attempt=len(statuses) + 1, alone=alone)
                 self.store.commit_rows(shard.filed_under, [row])
                 self._drop_checkpoint()
@@ -149,6 +149,7 @@ class Worker:
         from workers.task import provenance, run_task
 
         started = utc_now()
+        self._checkpoint = None  # that of a task which did not end here is not ours to drop
         try:
             return run_task(task, self, keep=keep, attempt=attempt)
         except (Stopped, StoreError, DenseMissing):

@@ -417,14 +417,14 @@ def test_a_read_only_disk_is_a_store_error_and_can_be_read(tmp_path: Path) -> No
 def test_tidying_a_disk_that_refuses_does_no_harm(tmp_path: Path) -> None:
     """What cannot be removed now stays for the next time."""
     with disk(tmp_path / "disk", "size=1m") as folder:
-        left = folder / "rows" / ".s0-1.parquet.00000000-1-abc.tmp"
+        left = folder / "rows" / ".s0-1.parquet.00000000-1-0123456789ab.tmp"
         left.parent.mkdir()
         left.touch()
         os.utime(left, (0, 0))
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True, timeout=20)
-        assert storage.commit.sweep_temporaries(str(folder)) == []
+        assert storage.commit.sweep_temporaries(str(folder), ["rows"]) == []
         subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True, timeout=20)
-        assert storage.commit.sweep_temporaries(str(folder)) == [str(left.relative_to(folder))]
+        assert storage.commit.sweep_temporaries(str(folder), ["rows"]) == [str(left.relative_to(folder))]
         assert not left.exists()
 
 
