@@ -71,3 +71,11 @@ def test_links_and_commands_exist() -> None:
     mentioned = {line.split()[1] for line in shown if line.startswith("prunesweep ")}
     assert mentioned <= set(COMMANDS)
     assert "make demo" in README and "make test" in README
+
+
+def test_every_test_that_the_promises_name_is_there() -> None:
+    """docs/reliability.md names for each promise a file of tests, or a test in it."""
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/reliability.md").read_text())
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text(), (file, test)
