@@ -196,11 +196,15 @@ def compact(store: Store) -> Compaction:
     if len(small) < 2 and all(is_compacted(name) for name in small):
         return Compaction(0, 0, 0, aside)
     written = rows = 0
-    for group in _groups({name: once[name] for name in once if name in small}):
-        table = pa.concat_tables([once[name] for name in group])
-        if len(table):
-            _write(store, table)
-            written, rows = written + 1, rows + len(table)
+    among = set(small)
+    try:
+        for group in _groups({name: table for name, table in once.items() if name in among}):
+            table = pa.concat_tables([once[name] for name in group])
+            if len(table):
+                _write(store, table)
+                written, rows = written + 1, rows + len(table)
+    except FileNotFoundError:  # another compaction has taken our file, or set it aside: the rest is its to do
+        return Compaction(0, 0, 0, aside)
     for name in small:  # only now: each of their rows is in a file of ours, or in one that stays
         store.delete(name)
     return Compaction(len(small), written, rows, aside)
@@ -218,30 +222,28 @@ def _is_newer(table: pa.Table) -> bool:
 
 
 def _groups(tables: dict[str, pa.Table]) -> list[list[str]]:
-    """The names in groups of at most COMPACTED_ROWS rows together, or of one file."""
+    """The names in groups of at most COMPACTED_ROWS rows together, or of one file; no two groups fit in one."""
     groups: list[list[str]] = []
-    size = 0
+    room: list[int] = []
     for name, table in tables.items():
-        if not groups or size + len(table) > COMPACTED_ROWS:
+        at = next((i for i, left in enumerate(room) if len(table) <= left), len(room))
+        if at == len(room):
             groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += len(table)
+            room.append(COMPACTED_ROWS)
+        groups[at].append(name)
+        room[at] -= len(table)
     return groups
 
 
 def _write(store: Store, table: pa.Table) -> None:
     """Make `table` durable as one compacted file, and make sure that it reads back as it is.
 
-    If it is gone already, another compaction has its rows in a file of its own.
+    Raises FileNotFoundError where it is gone by then.
     """
     content = parquet(table.sort_by([(name, "ascending") for name in ("cell_id", "candidate", "seed", ORIGIN)]))
     name = f"rows/{COMPACTED}{uuid.uuid4().hex}.parquet"
     store.commit(name, content)
-    try:
-        found, back = row_file(store, name), store.read(name)
-    except FileNotFoundError:
-        return
+    found, back = row_file(store, name), store.read(name)
     if isinstance(found, Problem) or len(found) != len(table) or back != content:
         store.delete(name)
         raise StoreError(f"{name} did not read back as it was written: nothing was removed")

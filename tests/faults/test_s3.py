@@ -201,8 +201,6 @@ def test_a_commit_without_credentials_is_a_store_error_and_can_be_repeated(
         lambda: store.commit_dense("d0", FIRST),
         lambda: store.scratch.note("x/y", {"n": 1}),
         lambda: plan(store, "mini", tasks(ORACLE, 1)),
-        lambda: store.scratch.renew("x/y", {"n": 1}),
-        lambda: store.scratch.save_checkpoint("t0", FIRST),
         store.check_writable,
     ):
         _soon(work)
@@ -217,13 +215,14 @@ def test_a_commit_without_credentials_is_a_store_error_and_can_be_repeated(
     assert store.statuses() == {ROW.task_id: "done"}
 
 
-def test_a_reader_without_credentials_is_told(store: Store, behind: Store, proxy: Proxy) -> None:
-    """What cannot be read is a StoreError: it never looks as if nothing were done, trained, planned or noted."""
+def test_without_credentials_nothing_looks_as_if_it_were_not_there(store: Store, behind: Store, proxy: Proxy) -> None:
+    """What cannot be read is a StoreError, not undone, untrained or unplanned; what cannot be changed stays."""
     plan(behind, "mini", tasks(ORACLE, 1))
     behind.commit_rows("s0", [ROW])
     behind.commit_dense("d0", FIRST)
     behind.scratch.note("x/y", {"n": 1})
     behind.scratch.save_checkpoint("t0", FIRST)
+    before = files(behind)
     proxy.fail("ANY", ALWAYS, 403)
     for work in (
         store.statuses,
@@ -235,11 +234,16 @@ def test_a_reader_without_credentials_is_told(store: Store, behind: Store, proxy
         lambda: store.scratch.noted("x/y"),
         lambda: store.scratch.notes("x"),
         lambda: store.scratch.checkpoint("t0"),
+        lambda: store.scratch.renew("x/y", {"n": 2}),
+        lambda: store.scratch.save_checkpoint("t0", b"second"),
         lambda: store.scratch.forget("x/y"),
-        lambda: store.move("dense/none", "aside/none"),
+        lambda: store.move("scratch/x/y.json", "aside/y.json"),
+        lambda: store.remove_sweep("mini"),
         store.compact,
     ):
         _soon(work)
+    assert files(behind) == before
+    assert (behind.scratch.noted("x/y"), behind.scratch.checkpoint("t0")) == ({"n": 1}, FIRST)
 
 
 @pytest.mark.parametrize("verb", ["HEAD", "GET", "LIST", "PUT", "COPY", "DELETE"])
