@@ -34,9 +34,9 @@ def claim_rooms() -> None:
 def main() -> None:
     """The command `prunesweep`."""
     claim_rooms()
-    from orchestrator.cli import main as command_line
+    from orchestrator.cli import entry
 
-    command_line()
+    entry()
 
 
 if __name__ == "__main__":

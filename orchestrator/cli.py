@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 import traceback
@@ -153,3 +154,19 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(f"prunesweep: internal error, please report it: {type(error).__name__}: {error}", err=True)
         code = INTERNAL
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def entry() -> None:
+    """`main`, in a process of its own: it leaves at once where Ray was used.
+
+    Ray's threads can abort an interpreter that winds down, and with it the exit code.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if "ray" not in sys.modules:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            if not stream.closed:
+                stream.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)

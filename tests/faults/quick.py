@@ -114,11 +114,13 @@ def main() -> None:
     plant()
     import orchestrator.cluster
     import orchestrator.drivers
-    from orchestrator.cli import main as command_line
+    import storage.signs
+    from orchestrator.cli import entry
 
     orchestrator.cluster.SETUP_HOOK = plant
     orchestrator.drivers.FROZEN_SECONDS = float(os.environ.get("QUICK_FROZEN", "120"))
-    command_line()
+    storage.signs.STALE_SECONDS = float(os.environ.get("QUICK_STALE", "60"))
+    entry()
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ FEW_OR_MANY = [pytest.param(False, id="few"), pytest.param(True, id="many", mark
 def test_drivers_killed_at_random(many: bool, tmp_path: Path) -> None:
     """A driver that is killed, with all it started or alone: `status` is true at once, what is committed stays,
     its workers end by themselves, and the next resume goes on."""
-    times, order = (50, random.Random(50)) if many else (3, random.Random(3))
+    times, order = (50, random.Random(50)) if many else (3, random.Random(3))  # a few: on Ray, inline, on Ray
     sweep = quick(tmp_path, spec(count=45, seeds=8 if many else 1), seconds=0.3)
     alone = True
     for _ in range(times):
         enough = len(committed(sweep.store)) + 1 + order.randrange(3)
-        process = sweep.start("run", "quick.yaml")
+        process = sweep.start("run", "quick.yaml", *([] if many or alone else ["--inline"]))
         if not sweep.wait_for(lambda: len(committed(sweep.store)) >= enough, process):  # noqa: B023
             break
         notes = sweep.notes()
@@ -48,7 +48,7 @@ def test_drivers_killed_at_random(many: bool, tmp_path: Path) -> None:
 def test_a_frozen_worker_that_comes_back_does_no_harm(tmp_path: Path) -> None:
     """A driver frozen until another has run its shards, then continued: its late row is legal, every view has
     each task once, and it ends well."""
-    sweep = quick(tmp_path, spec(count=8), seconds=0.4)
+    sweep = quick(tmp_path, spec(count=8), seconds=0.4, QUICK_STALE="15")
     frozen = sweep.start("run", "quick.yaml", "--inline")
     assert sweep.wait_for(lambda: len(committed(sweep.store)) >= 2, frozen)
     os.killpg(frozen.pid, signal.SIGSTOP)

@@ -33,7 +33,7 @@ def left_over(store: Store) -> list[str]:
     return [f"{folder}/{name}" for folder in folders for name in store.names(f"scratch/{folder}")]
 
 
-@pytest.mark.parametrize("how", ["--inline", "ray"])
+@pytest.mark.parametrize("how", ["--inline", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_sweep_on_an_object_store(how: str, tmp_path: Path) -> None:
     """Stopped, killed and resumed, a sweep on S3 ends as one on a disk: one row per task, nothing run again,
     nothing left over, one compacted file; and the commands that read it answer."""
