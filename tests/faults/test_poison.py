@@ -10,8 +10,6 @@ from tests.faults.quick import spec
 from tests.faults.runs import quick
 from tests.sweeps import committed, rows
 
-FEW_OR_MANY = [pytest.param(False, id="few"), pytest.param(True, id="many", marks=pytest.mark.slow)]
-
 
 def test_a_shard_with_every_poison(tmp_path: Path) -> None:
     """One that segfaults, hangs, eats memory, runs out of it, raises, or gives NaN, in
