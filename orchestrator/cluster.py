@@ -45,6 +45,8 @@ def connected(options: Options) -> Iterator[None]:
         except (ConnectionError, RayError, RuntimeError, ValueError) as error:
             where = f"the Ray cluster at {options.address}" if options.address else "an embedded Ray"
             raise ClusterError(f"cannot start on {where}: {first_line(error)}") from error
+        except SystemExit as end:  # Ray's own handler of SIGTERM, while it starts
+            raise KeyboardInterrupt from end
         try:
             yield
         finally:
