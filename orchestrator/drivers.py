@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StoreError
+from storage.records import filed_under
 from storage.signs import Sign, counts, living, signs
 from workers.pulse import stop_note
 
@@ -59,7 +60,7 @@ class Driver:
 
     def leave(self, shard_id: str) -> None:
         """Another driver has this shard, as a worker has found: leave it until the next look says otherwise."""
-        self.elsewhere |= {shard_id.split(".", maxsplit=1)[0]}
+        self.elsewhere |= {filed_under(shard_id)}
 
     def note_of(self, shard_id: str) -> dict[str, Any] | None:
         """The last that a worker of ours showed of itself at a shard; the note is removed."""
@@ -86,7 +87,7 @@ class Driver:
         if not self.sign.renewed:
             self._beats.clear()  # ours cannot be written either: it is the store that is still
         others = [n for n in notes.values() if n.get("driver") != self.id and n.get("shard") and counts(n)]
-        self.elsewhere = frozenset(str(note["shard"]).split(".")[0] for note in others)
+        self.elsewhere = frozenset(filed_under(str(note["shard"])) for note in others)
         for name, note in notes.items():
             if note.get("driver") == self.id and note.get("node") and self._is_frozen(name, note["beat_at"]):
                 self.end_worker(note)

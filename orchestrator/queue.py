@@ -196,7 +196,7 @@ class Queue:
         mine = [task for task in shard.tasks if task.task_id == ending.task]
         if not mine:
             return self._died(shard, ending)
-        if shard.shard_id != shard.filed_under:
+        if shard.is_alone:
             return [Burial(shard.filed_under, mine[0], OUT_OF_MEMORY, ending.reason)]
         self._set_apart(shard, mine)
         return []
@@ -215,12 +215,11 @@ class Queue:
         """Whole again, then one by one, so that one poisoned task cannot take its neighbours down."""
         self._deaths[shard.shard_id] += 1
         deaths = self._deaths[shard.shard_id]
-        alone = shard.shard_id != shard.filed_under
-        if deaths <= (ALONE_TRIES - 1 if alone else SHARD_DEATHS):
+        if deaths <= (ALONE_TRIES - 1 if shard.is_alone else SHARD_DEATHS):
             return self._again(shard, ending)
         if shard.dense:
             return self._error(shard, replace(ending, reason=f"the process that trained it died: {ending.reason}"))
-        if alone:
+        if shard.is_alone:
             why = f"its process died {deaths} times while it ran this task alone: {ending.reason}"
             return [Burial(shard.filed_under, shard.tasks[0], PROCESS_DIED, why)]
         self._set_apart(shard, shard.tasks)

@@ -197,7 +197,12 @@ class Shard:
     @property
     def filed_under(self) -> str:
         """What its row files are named after: tasks run alone share their shard's name."""
-        return self.shard_id.split(".")[0]
+        return filed_under(self.shard_id)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this is one task of a shard, set apart from the others."""
+        return self.shard_id != self.filed_under
 
     @property
     def precision(self) -> str:
@@ -220,6 +225,11 @@ class Shard:
         tasks = tuple(Task(cell, c, s) for c, s in data["tasks"]) if cell else ()
         dense = Dense.from_dict(data["dense"]) if data["dense"] else None
         return Shard(data["shard_id"], tasks, dense, data["keep"])
+
+
+def filed_under(shard_id: str) -> str:
+    """The shard of an id that may be of one of its tasks, run alone: `<shard>.<task>`."""
+    return shard_id.split(".", maxsplit=1)[0]
 
 
 @dataclass(frozen=True)

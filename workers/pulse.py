@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StoreError
+from storage.records import filed_under
 from storage.signs import Sign, living
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Pulse:
         """Whether a worker of another driver is at a shard. Of two that begin at once one goes on: the
         one whose driver's id is lower."""
         notes = living(self._store, "workers").values()
-        others = [n for n in notes if n.get("driver") != self._driver and str(n.get("shard")).split(".")[0] == shard]
+        others = [n for n in notes if n.get("driver") != self._driver and filed_under(str(n.get("shard"))) == shard]
         return any(note.get("task") or str(note["driver"]) < self._driver for note in others)
 
     def _tick(self) -> None:

@@ -131,8 +131,7 @@ class Worker:
             if "done" in statuses:
                 continue
             with self._at(shard, task.task_id):
-                alone = shard.shard_id != shard.filed_under
-                row = self.attempt(task, keep=shard.keep, attempt=len(statuses) + 1, alone=alone)
+                row = self.attempt(task, keep=shard.keep, attempt=len(statuses) + 1, alone=shard.is_alone)
                 self.store.commit_rows(shard.filed_under, [row])
                 self._drop_checkpoint()
             yield row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,14 @@ def test_a_wider_grid_runs_what_is_new(tmp_path: Path) -> None:
     code, said = wide.run("run", "quick.yaml", "--inline")
     assert code == 0 and "quick: 18 tasks in 1 cell, 4 done, 14 to run" in said
     assert_invariants(wide.store, "quick", before, wide.reference())
+
+
+def test_a_run_that_is_stopped_while_ray_starts(tmp_path: Path) -> None:
+    """SIGTERM before the first worker is there: exit 130 and the command that resumes, whoever handled it."""
+    sweep = quick(tmp_path)
+    driver = sweep.start("run", "quick.yaml")
+    assert sweep.wait_for(lambda: "to run in" in sweep.said(), driver)
+    time.sleep(1)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(60) == 130, sweep.said()
+    assert "prunesweep resume quick" in sweep.said() and "Traceback" not in sweep.said()
