@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tomllib
 import traceback
@@ -160,7 +161,9 @@ def entry() -> None:
     """`main`, in a process of its own: it leaves at once where Ray was used.
 
     Ray's threads can abort an interpreter that winds down, and with it the exit code.
+    SIGTERM is a Ctrl-C, wherever it comes.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except SystemExit as end:

@@ -39,18 +39,18 @@ def connected(options: Options) -> Iterator[None]:
 
     # RAY_ADDRESS would win over the argument. Our setting of it was read before.
     usage = {"RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")}  # nothing is sent unasked
-    with environment({"RAY_ADDRESS": None, **usage}):
-        try:
-            ray.init(**arguments)
-        except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-            where = f"the Ray cluster at {options.address}" if options.address else "an embedded Ray"
-            raise ClusterError(f"cannot start on {where}: {first_line(error)}") from error
-        except SystemExit as end:  # Ray's own handler of SIGTERM, while it starts
-            raise KeyboardInterrupt from end
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    try:
+        with environment({"RAY_ADDRESS": None, **usage}):
+            try:
+                ray.init(**arguments)
+            except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+                where = f"the Ray cluster at {options.address}" if options.address else "an embedded Ray"
+                raise ClusterError(f"cannot start on {where}: {first_line(error)}") from error
+        yield
+    except SystemExit as end:  # Ray's own handler of SIGTERM, which ray.init sets
+        raise KeyboardInterrupt from end
+    finally:
+        ray.shutdown()
 
 
 def check_reachable(address: str | None) -> None:

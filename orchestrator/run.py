@@ -144,17 +144,20 @@ def outcome(store: Store, manifest: Manifest, problems: list[str], only: frozens
 def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
     """Run a plan's shards on Ray, or in this process; return what went wrong besides failed tasks."""
     queue = Queue.of(plan.shards, plan.denses, random.SystemRandom())
-    with progress(plan.unfinished) as shown, Driver(store, sweep, options.address, shown.counts) as driver:
+    with (
+        progress(plan.unfinished) as shown,
+        Driver(store, sweep, options.address, shown.counts) as driver,
+        heeding_signals(driver.stop),
+    ):
         account = Account(store, queue, shown)
         if options.inline:
             from orchestrator.inline import run_inline
 
-            with heeding_signals(driver.stop):
-                run_inline(account, store, options, driver)
+            run_inline(account, store, options, driver)
         else:
             from orchestrator.ray_runner import run_on_ray
 
-            # Inside: ray.init takes SIGTERM for itself.
+            # Again, inside: ray.init takes SIGTERM for itself.
             with connected(options), heeding_signals(driver.stop):
                 run_on_ray(account, store, options, driver)
         if driver.stop.is_set():

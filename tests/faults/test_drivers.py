@@ -108,12 +108,13 @@ def test_a_wider_grid_runs_what_is_new(tmp_path: Path) -> None:
     assert_invariants(wide.store, "quick", before, wide.reference())
 
 
-def test_a_run_that_is_stopped_while_ray_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.5, 1.5, 3])
+def test_a_run_that_is_stopped_while_ray_starts(tmp_path: Path, seconds: float) -> None:
     """SIGTERM before the first worker is there: exit 130 and the command that resumes, whoever handled it."""
     sweep = quick(tmp_path)
     driver = sweep.start("run", "quick.yaml")
     assert sweep.wait_for(lambda: "to run in" in sweep.said(), driver)
-    time.sleep(1)
+    time.sleep(seconds)
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(60) == 130, sweep.said()
     assert "prunesweep resume quick" in sweep.said() and "Traceback" not in sweep.said()
