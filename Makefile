@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: install demo test test-all chaos lint lock clean
+.PHONY: install demo test test-all chaos bench lint lock clean
 
 install: $(STAMP)
 
@@ -39,6 +39,11 @@ test-all: lint
 MINUTES ?= 10
 chaos: install
 	@RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m tests.faults.chaos $(MINUTES)
+
+# What it costs, side by side: one table, and bench.json. `make bench NAMES="corr query"` runs some.
+NAMES ?=
+bench: install
+	@RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m tests.benchmarks $(NAMES)
 
 # Renew the lock from pyproject.toml; no index address gets in.
 lock:
