@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from storage.store import Store
 
 TICK_SECONDS = 1.0
+NOTE_SECONDS = 0.5
+"""A task of the same shard that begins sooner after the last is shown at the next tick, if it still runs then."""
+
 STDERR = 2
 HELD_SECONDS = 30.0
 """How much longer than its limit a task may last that keeps every thread of Python from running."""
@@ -64,6 +67,7 @@ class Pulse:
         self._store, self._driver = store, driver
         self._about: dict[str, Any] = {"driver": driver, "shard": None, "task": None, **(where or {})}
         self._since: float | None = None
+        self._shown, self._shown_at = self._about, 0.0
         self._sign = Sign(store, "workers", lambda: self._about, self._tick, TICK_SECONDS)
 
     def __enter__(self) -> Pulse:
@@ -77,7 +81,8 @@ class Pulse:
     def at(self, shard: str, task: str | None, *, limited: bool = True) -> Iterator[None]:
         """While this lasts, the note says so; and the limits hold, where it is `limited`."""
         self._about = {**self._about, "shard": shard, "task": task}
-        self._sign.beat()
+        if self._shown["shard"] != shard or time.monotonic() - self._shown_at >= NOTE_SECONDS:
+            self._show()
         self._since = time.monotonic() if limited else None
         limit = self.limits.task_seconds if limited else None
         if limit:
@@ -97,7 +102,13 @@ class Pulse:
         others = [n for n in notes if n.get("driver") != self._driver and filed_under(str(n.get("shard"))) == shard]
         return any(note.get("task") or str(note["driver"]) < self._driver for note in others)
 
+    def _show(self) -> None:
+        self._shown, self._shown_at = self._about, time.monotonic()
+        self._sign.beat()
+
     def _tick(self) -> None:
+        if self._shown != self._about:
+            self._show()
         if not self.stop.is_set() and self._asked_to_stop():
             self.stop.set()
         since, limits, about = self._since, self.limits, self._about

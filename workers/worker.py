@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 LOOK_AGAIN_SECONDS = 5.0
 """How old a worker's knowledge of what others have done may be when it starts a task."""
 
+GROUP_SECONDS = 0.2
+"""Rows of tasks that end within this long of the first one's start are committed together."""
+
 PAUSE_AFTER = 5
 """So many tasks of a cell that fail at the same place pause the cell: the rest stays pending."""
 
@@ -90,7 +93,7 @@ class Worker:
         self.pulse, self.fixed = pulse, fixed
         self.messages: list[str] = []
         self._cache: dict[tuple[Any, ...], Any] = {}
-        self._checkpoint: Checkpoint | None = None
+        self._checkpoints: list[Checkpoint] = []
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -109,6 +112,15 @@ class Worker:
         A task that fails leaves a failed row. Raises what is no task's own: Stopped, Elsewhere,
         DenseMissing, StoreError, Diverged of a dense model, MemoryShort for a task to be run alone, Repeated.
         """
+        for group in grouped(self._attempts(shard)):
+            with self._at(shard, group[-1].task_id):
+                self.store.commit_rows(shard.filed_under, group)
+                self._drop_checkpoints()
+            yield from group
+
+    def _attempts(self, shard: Shard) -> Iterator[Row]:
+        """The same, each row to be made durable."""
+        self._checkpoints = []  # those of a shard that did not end here are not ours to drop
         with self._at(shard, None):
             if self.pulse and self.pulse.is_elsewhere(shard.filed_under):
                 raise Elsewhere
@@ -132,8 +144,6 @@ class Worker:
                 continue
             with self._at(shard, task.task_id):
                 row = self.attempt(task, keep=shard.keep, attempt=len(statuses) + 1, alone=shard.is_alone)
-                self.store.commit_rows(shard.filed_under, [row])
-                self._drop_checkpoint()
             yield row
             if row.status == "failed":
                 failures[where_it_failed(row)] += 1
@@ -148,14 +158,16 @@ class Worker:
         from workers.task import provenance, run_task
 
         started = utc_now()
-        self._checkpoint = None  # that of a task which did not end here is not ours to drop
+        before = list(self._checkpoints)
         try:
             return run_task(task, self, keep=keep, attempt=attempt)
         except (Stopped, StoreError, DenseMissing):
+            self._checkpoints = before  # nor is that of this task
             raise
         except Exception as error:
             short = is_memory_short(error)
             if short and not alone:
+                self._checkpoints = before
                 raise MemoryShort(task.task_id, str(error)) from None
             what = {
                 "error_class": OUT_OF_MEMORY if short else type(error).__name__,
@@ -179,7 +191,7 @@ class Worker:
         with arithmetic(execution):
             content = train_dense(dense, self.data(dense), self.accelerator, execution.memory_format, checkpoint)
         self.store.commit_dense(dense.dense_id, content)
-        self._drop_checkpoint()
+        self._drop_checkpoints()
 
     def take_messages(self) -> list[str]:
         """What the person should know, since the last time."""
@@ -200,17 +212,17 @@ class Worker:
         if self.pulse is None:
             return None
         seconds, stop = self.pulse.limits.checkpoint_seconds, self.pulse.stop.is_set
-        self._checkpoint = Checkpoint(self.store.scratch, key, about, seconds, stop, self._report)
-        return self._checkpoint
+        self._checkpoints.append(Checkpoint(self.store.scratch, key, about, seconds, stop, self._report))
+        return self._checkpoints[-1]
 
     def _report(self, message: str) -> None:
         self.messages.append(message)
 
-    def _drop_checkpoint(self) -> None:
-        """Its row is committed: the last training's checkpoint goes."""
-        if self._checkpoint is not None:
-            self._checkpoint.drop()
-        self._checkpoint = None
+    def _drop_checkpoints(self) -> None:
+        """Their rows are committed: the checkpoints of the last trainings go."""
+        for checkpoint in self._checkpoints:
+            checkpoint.drop()
+        self._checkpoints = []
 
     # -- what tasks share, made once per process ---------------------------------------------------
 
@@ -298,6 +310,25 @@ class Worker:
     def size(self, network: nn.Module, example: torch.Tensor, shape: tuple[Any, ...]) -> tuple[int, int]:
         """(parameters, multiply-adds) of a network; `shape` names it."""
         return self._once(("size", *shape), lambda: count(network, example))
+
+
+def grouped(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """`rows` as groups to commit: a row waits for others only GROUP_SECONDS long, and a failed one not at
+    all. What ends `rows` early is raised after the last group."""
+    group: list[Row] = []
+    began = time.monotonic()
+    try:
+        for row in rows:
+            group.append(row)
+            if row.status == "failed" or time.monotonic() - began >= GROUP_SECONDS:
+                yield group
+                group, began = [], time.monotonic()
+    except Exception:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
 
 
 def count(network: nn.Module, example: torch.Tensor) -> tuple[int, int]:
