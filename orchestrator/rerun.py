@@ -73,7 +73,7 @@ def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
     try:
         if worker.dense(task.cell.dense).sha256 != row.dense_sha256:
             raise UserError(f"task {row.task_id} was pruned from other dense weights than the store has now")
-        now, network = run_and_return(task, worker, keep=keep)
+        ((now, network),) = run_and_return([task], worker, keep=keep, attempts=[1])
     except (DenseMissing, PrecisionMissing, DataMissing) as error:
         why = str(error) or "its dense weights are gone"
         raise UserError(f"task {row.task_id} cannot be run here: {why}") from error

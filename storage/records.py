@@ -182,12 +182,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of scheduling: tasks of one cell, or, with `dense`, one dense model to train."""
+    """The unit of scheduling: tasks of one cell, or, with `dense`, one dense model to train.
+
+    `block` is how many candidates a whole shard has: what may train in one fleet.
+    """
 
     shard_id: str
     tasks: tuple[Task, ...] = ()
     dense: Dense | None = None
     keep: str = "none"
+    block: int = 1
 
     @property
     def needs(self) -> Dense:
@@ -217,6 +221,7 @@ class Shard:
             "tasks": [[task.candidate, task.seed] for task in self.tasks],
             "dense": self.dense.to_dict() if self.dense else None,
             "keep": self.keep,
+            "block": self.block,
         }
 
     @staticmethod
@@ -224,7 +229,7 @@ class Shard:
         cell = Cell.from_json(data["cell"]) if data["cell"] else None
         tasks = tuple(Task(cell, c, s) for c, s in data["tasks"]) if cell else ()
         dense = Dense.from_dict(data["dense"]) if data["dense"] else None
-        return Shard(data["shard_id"], tasks, dense, data["keep"])
+        return Shard(data["shard_id"], tasks, dense, data["keep"], data["block"])
 
 
 def filed_under(shard_id: str) -> str:

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from models import build_model
 from orchestrator.documents import Document
 from orchestrator.run import Options, run_spec
 from storage.identity import canonical_json
-from storage.records import Row, row_for
+from storage.records import Execution, Row, row_for
 from storage.schema import PROVENANCE, table_to_rows
 from storage.store import Store
 from tests.conftest import TINY
@@ -26,7 +25,7 @@ from tests.rows import DENSE, ORACLE, failed, tasks, tree
 from tests.test_interrupt import in_process
 from workers import load_network
 from workers.datasets import prepare
-from workers.dense import on_device
+from workers.backends import open_backend
 from workers.weights import packed
 
 Rerun = Callable[..., tuple[int, str, str]]
@@ -116,16 +115,18 @@ def test_a_lost_scratch_changes_nothing(store: Store, rerun: Rerun) -> None:
 
 def test_the_recorded_execution_is_repeated(store: Store, rerun: Rerun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads and memory format are those of the row, not what the store has chosen."""
-    other = tamper(store, execution=execution(rows(store)[0], threads=2, memory_format="contiguous_format"))
-    seen: list[tuple[int, str]] = []
+    other = tamper(
+        store, execution=execution(rows(store)[0], backend="serial", threads=2, memory_format="preserve_format")
+    )
+    seen: list[tuple[int, str, str]] = []
 
-    def watched(model: nn.Module, accelerator: Any, memory_format: str) -> nn.Module:
-        seen.append((torch.get_num_threads(), memory_format))
-        return on_device(model, accelerator, memory_format)
+    def watched(execution: Execution, *arguments: Any) -> Any:
+        seen.append((torch.get_num_threads(), execution.backend, execution.memory_format))
+        return open_backend(execution, *arguments)
 
-    monkeypatch.setattr("workers.task.on_device", watched)
+    monkeypatch.setattr("workers.task.open_backend", watched)
     assert "execution differs" not in rerun(other.task_id)[2]
-    assert seen == [(2, "contiguous_format")]
+    assert seen == [(2, "serial", "preserve_format")]
 
 
 # -- the network --------------------------------------------------------------------------------------

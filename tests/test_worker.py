@@ -18,10 +18,12 @@ from storage.records import Cell, Dense, Recipe, Row, Shard, Task
 from storage.schema import PROVENANCE, SCHEMA
 from storage.store import Store
 from workers import load_network
+from workers.compiled import Compiled
 from workers.datasets import DATASETS, DataMissing, prepare
 from workers.dense import load_dense
 from workers.streams import generator, seeded, stream_seed
-from workers.training import measure, minibatches
+from workers.serial import Serial
+from workers.training import minibatches
 from workers.worker import PAUSE_AFTER, DenseMissing, MemoryShort, Repeated, Worker
 
 DENSE = Dense("lenet5_mini", "synthetic", Recipe(2, 128, ((0, 0.05),), momentum=0.9, seed=0))
@@ -44,6 +46,12 @@ def worker(dense_store: Store) -> Worker:
     return Worker(dense_store, "none")
 
 
+def attempt(worker: Worker, task: Task) -> Row:
+    """The row of one task, which is not committed."""
+    (row,) = worker.attempt([task])
+    return row
+
+
 def measured(row: Row) -> dict[str, Any]:
     """Every column but provenance: what equal execution must repeat bit for bit."""
     return {name: getattr(row, name) for name in SCHEMA.names if name not in PROVENANCE}
@@ -51,7 +59,7 @@ def measured(row: Row) -> dict[str, Any]:
 
 def test_a_row_holds_what_was_measured(worker: Worker) -> None:
     """A done row has every measurement, consistent with itself."""
-    row = worker.attempt(TASK)
+    row = attempt(worker, TASK)
     assert (row.status, row.error) == ("done", None)
     assert row.task() == TASK
     assert row.removed is not None and row.removed[0].units == (0, 4)  # the fourth pair of ten
@@ -78,9 +86,9 @@ def _dense_content(worker: Worker) -> bytes:
 
 def test_same_task_same_row_whatever_ran_before(dense_store: Store) -> None:
     """Other tasks, drawn numbers and thread counts before it change no bit of a row."""
-    first = Worker(dense_store, "none").attempt(TASK)
+    first = attempt(Worker(dense_store, "none"), TASK)
     busy = Worker(dense_store, "none")
-    busy.attempt(Task(replace(CELL, layers=(("conv2", 0.5),)), 7, 5))
+    attempt(busy, Task(replace(CELL, layers=(("conv2", 0.5),)), 7, 5))
     torch.manual_seed(1)
     torch.randn(1000)
     random.random()
@@ -90,7 +98,7 @@ def test_same_task_same_row_whatever_ran_before(dense_store: Store) -> None:
     torch.set_float32_matmul_precision("medium")
     torch.set_default_dtype(torch.float64)
     try:
-        second = busy.attempt(TASK)
+        second = attempt(busy, TASK)
         assert (torch.get_num_threads(), torch.get_default_dtype()) == (2, torch.float64)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -139,7 +147,7 @@ def test_seeded_restores_every_global_generator() -> None:
 
 def test_retraining_seeds_differ_and_pruning_does_not(worker: Worker) -> None:
     """Another seed retrains differently from the same pruned network."""
-    rows = [worker.attempt(Task(CELL, 3, seed)) for seed in (0, 1)]
+    rows = [attempt(worker, Task(CELL, 3, seed)) for seed in (0, 1)]
     assert rows[0].pruned_train_loss == rows[1].pruned_train_loss
     assert rows[0].epoch_train_loss != rows[1].epoch_train_loss
 
@@ -147,7 +155,7 @@ def test_retraining_seeds_differ_and_pruning_does_not(worker: Worker) -> None:
 def test_divergence_is_a_result(worker: Worker) -> None:
     """A loss that leaves the finite numbers: a done row, diverged, null from there on."""
     wild = replace(RETRAIN, epochs=4, lr=((0, 0.01), (2, 1e30)))
-    row = worker.attempt(Task(replace(CELL, retrain=wild), 0, 0))
+    row = attempt(worker, Task(replace(CELL, retrain=wild), 0, 0))
     assert (row.status, row.diverged, row.error) == ("done", True, None)
     assert row.epoch_test_loss is not None and len(row.epoch_test_loss) == 4
     assert [v is None for v in row.epoch_test_loss] == [False, False, True, True]
@@ -188,26 +196,26 @@ def test_wrong_surgery_fails_the_task(worker: Worker, monkeypatch: pytest.Monkey
         return network
 
     monkeypatch.setattr(workers.task, "prune", crooked)
-    row = worker.attempt(TASK)
+    row = attempt(worker, TASK)
     assert (row.status, row.error_class) == ("failed", "NotEquivalent")
     assert row.pruned_train_loss is None
 
 
 def test_released_records_the_difference(worker: Worker) -> None:
     """`released` runs, and the row says by how much it is not the network named."""
-    row = worker.attempt(Task(replace(CELL, propagation="released"), 3, 0))
+    row = attempt(worker, Task(replace(CELL, propagation="released"), 3, 0))
     assert row.status == "done" and row.equivalence_error is not None and row.equivalence_error > 1e-6
-    exact = worker.attempt(TASK)
+    exact = attempt(worker, TASK)
     assert (row.removed, row.params, row.macs) == (exact.removed, exact.params, exact.macs)
     assert row.pruned_train_loss != exact.pruned_train_loss
 
 
 def test_loss_subset_has_a_standard_error(worker: Worker) -> None:
     """Pruned train loss on a fixed subset: its size, and the standard error of its mean."""
-    row = worker.attempt(Task(replace(CELL, loss_subset=100), 3, 0))
+    row = attempt(worker, Task(replace(CELL, loss_subset=100), 3, 0))
     assert row.pruned_train_loss_n == 100
     assert row.pruned_train_loss_se is not None and 0 < row.pruned_train_loss_se < 1
-    full = worker.attempt(TASK)
+    full = attempt(worker, TASK)
     assert full.pruned_train_loss is not None and row.pruned_train_loss is not None
     assert abs(row.pruned_train_loss - full.pruned_train_loss) < 5 * row.pruned_train_loss_se
 
@@ -216,7 +224,7 @@ def test_measure_against_one_sample_at_a_time(worker: Worker) -> None:
     """Loss, standard error and accuracy equal those computed sample by sample."""
     model = worker.dense(DENSE).model
     test = worker.data(DENSE).test
-    found = measure(model, test, worker.accelerator)
+    (found,) = Serial(model, RETRAIN, worker.accelerator, "channels_last").measure(test)
     with torch.no_grad():
         logits = torch.cat([model(image[None]) for image in test.images])
     losses = -torch.log_softmax(logits.double(), 1)[torch.arange(len(test)), test.labels]
@@ -237,7 +245,7 @@ def test_validation_is_held_out(tmp_path: Path) -> None:
     held = replace(DENSE, validation=0.25)
     worker = Worker(Store(str(tmp_path)), "none")
     list(worker.run_shard(Shard("dense", dense=held)))
-    row = worker.attempt(Task(replace(CELL, dense=held), 0, 0))
+    row = attempt(worker, Task(replace(CELL, dense=held), 0, 0))
     assert row.epoch_val_accuracy is not None and row.val_best_epoch is not None
     assert row.val_best_val_accuracy == pytest.approx(max(a for a in row.epoch_val_accuracy if a is not None))
     assert row.epoch_test_accuracy is not None
@@ -250,7 +258,7 @@ def test_kept_networks_load_and_achieve_what_the_row_says(dense_store: Store, wo
     (row,) = worker.run_shard(Shard(f"keep-{keep}", (Task(CELL, 5, 0),), keep=keep))
     assert row.kept_network is not None
     network = load_network(Path(dense_store.root, row.kept_network))
-    found = measure(network, worker.data(DENSE).test, worker.accelerator)
+    (found,) = Compiled(network, RETRAIN, (1, 32, 32)).measure(worker.data(DENSE).test)
     assert found.accuracy == (row.last_test_accuracy if keep == "last" else row.best_test_accuracy)
     assert sum(p.numel() for p in network.parameters()) == row.params
 
@@ -259,7 +267,7 @@ def test_fp16_without_a_gpu_is_refused(tmp_path: Path, dense_store: Store) -> No
     """Accelerate would run fp32 under another name; the task fails and says so."""
     code = (
         "import sys; from storage.store import Store; from workers.worker import Worker;"
-        f"from tests.test_worker import TASK; row = Worker(Store({dense_store.root!r}), 'none', 'fp16').attempt(TASK);"
+        f"from tests.test_worker import TASK; (row,) = Worker(Store({dense_store.root!r}), 'none', 'fp16').attempt([TASK]);"
         "print(row.status, row.error_class)"
     )
     found = subprocess.run(
@@ -314,7 +322,7 @@ def test_memory_that_runs_out_beside_others_is_no_failure_yet(
         def eats(*_: object, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr("workers.task.prune_and_measure", eats)
+        monkeypatch.setattr("workers.task.prune_task", eats)
         with pytest.raises(MemoryShort) as raised:
             list(Worker(store, "none").run_shard(Shard("s0", (TASK, Task(CELL, 4, 0)))))
         assert raised.value.args[0] == TASK.task_id
@@ -332,7 +340,7 @@ def test_tasks_that_fail_at_one_place_end_their_shard(
     def broken(task: Task, *_: object) -> None:
         raise ValueError(f"no such sample: {task.candidate}")
 
-    monkeypatch.setattr("workers.task.prune_and_measure", broken)
+    monkeypatch.setattr("workers.task.prune_task", broken)
     with pytest.raises(Repeated, match=r"5 tasks failed at the same place: ValueError: no such sample: 4"):
         list(Worker(store, "none").run_shard(Shard("s0", tuple(Task(CELL, c, 0) for c in range(9)))))
     assert store.statuses() == {Task(CELL, c, 0).task_id: "failed" for c in range(PAUSE_AFTER)}

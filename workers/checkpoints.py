@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from storage.scratch import Scratch
 
 
-FORMAT = 1
+FORMAT = 2
 """Of a checkpoint's content: one of another format is as none."""
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from models import build_model
+from workers.backends import open_backend
 from workers.datasets import DATASETS
 from workers.streams import seeded
-from workers.training import measure, train
+from workers.training import train
 from workers.weights import packed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from storage.records import Dense
+    from storage.records import Dense, Execution
     from workers.checkpoints import Checkpoint
     from workers.datasets import Data
 
@@ -32,25 +33,24 @@ def initial_model(dense: Dense) -> nn.Module:
 
 
 def train_dense(
-    dense: Dense, data: Data, accelerator: Accelerator, memory_format: str, checkpoint: Checkpoint | None = None
+    dense: Dense, data: Data, accelerator: Accelerator, execution: Execution, checkpoint: Checkpoint | None = None
 ) -> bytes:
     """Train a dense model and return it as the content of a safetensors file.
 
     The content depends on the weights and what they achieve only. Raises Diverged, or Stopped.
     """
-    recipe = dense.recipe
-    model = on_device(initial_model(dense), accelerator, memory_format)
-    epochs = train(
-        model,
-        data,
-        recipe,
-        accelerator,
-        dataset=dense.dataset,
-        seed=recipe.seed or 0,
-        stream="dense",
-        checkpoint=checkpoint,
-    )
-    on_train = measure(model, data.train, accelerator)
+    recipe, model = dense.recipe, initial_model(dense)
+    with closing(open_backend(execution, [model], recipe, accelerator, DATASETS[dense.dataset].shape)) as backend:
+        (epochs,) = train(
+            backend,
+            data,
+            recipe,
+            dataset=dense.dataset,
+            seed=recipe.seed or 0,
+            stream="dense",
+            checkpoint=checkpoint,
+        )
+        (on_train,) = backend.measure(data.train)
     if len(epochs) < recipe.epochs or on_train.loss != on_train.loss:
         raise Diverged(f"training {dense.model} on {dense.dataset} diverged in epoch {len(epochs)}")
     about = {
@@ -69,8 +69,3 @@ def load_dense(dense: Dense, content: bytes) -> nn.Module:
     model = initial_model(dense)
     model.load_state_dict(load(content))
     return model.eval()
-
-
-def on_device(model: nn.Module, accelerator: Accelerator, memory_format: str) -> nn.Module:
-    """`model` on the accelerator's device in a memory format, by torch's name of it."""
-    return model.to(accelerator.device).to(memory_format=getattr(torch, memory_format))

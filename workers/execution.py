@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -50,20 +50,49 @@ def _processor() -> str:
     return f"{said['model name']} family {said.get('cpu family', '?')} model {said.get('model', '?')}"
 
 
-def choose_execution(store: Store, shape: tuple[object, ...], device: torch.device) -> Execution:
-    """The execution for a shape on a device: what the store has noted, or else a choice noted now.
+def choose_execution(
+    store: Store, shape: tuple[object, ...], device: torch.device, decide: Callable[[], dict[str, Any]]
+) -> Execution:
+    """The execution for a shape on a device: what the store has noted, or else what is decided now, and noted.
 
-    On a CPU workers are many and single-threaded, channels-last.
+    Machines with and without compiled code note theirs apart.
     """
-    model = device_model(device)
-    choice = {"backend": "serial", "fleet": 1, "threads": 1, "memory_format": "channels_last"}
-    noted = store.scratch.note(f"execution/{digest([list(shape), model])}", choice)
-    return Execution(**{key: noted[key] for key in choice}, device_model=model, versions=arithmetic_versions())
+    name = note_name(shape, device)
+    noted = store.scratch.noted(name) or store.scratch.note(name, decide())
+    return execution_of(noted, device)
+
+
+def note_name(shape: tuple[object, ...], device: torch.device) -> str:
+    """The note of the choice for a shape on a device, in the store's scratch."""
+    return f"execution/{digest([list(shape), device_model(device), *_compiled_code()])}"
+
+
+def execution_of(choice: Mapping[str, Any], device: torch.device) -> Execution:
+    """A choice, with what is installed here."""
+    kept = {key: choice[key] for key in ("backend", "fleet", "threads", "memory_format")}
+    return Execution(**kept, device_model=device_model(device), versions=_versions(choice["backend"]))
 
 
 def repeated(recorded: Execution, device: torch.device) -> Execution:
     """A recorded execution as it can be had on this device, with what is installed here."""
-    return replace(recorded, device_model=device_model(device), versions=arithmetic_versions())
+    changes = {"backend": "serial"} if recorded.backend == "compiled" and not _compiled_code() else {}
+    return execution_of(asdict(recorded) | changes, device)
+
+
+def _versions(backend: str) -> tuple[tuple[str, str], ...]:
+    """The versions an execution depends on, by name."""
+    compiled = [("compiled", code) for code in _compiled_code() if backend == "compiled"]
+    return tuple(sorted([*arithmetic_versions(), *compiled]))
+
+
+def _compiled_code() -> list[str]:
+    """What the compiled back-end's arithmetic depends on here; nothing where there is none."""
+    from workers.compiled import NoCompiler, code
+
+    try:
+        return [code()]
+    except NoCompiler:
+        return []
 
 
 def arithmetic_versions() -> tuple[tuple[str, str], ...]:

@@ -67,6 +67,7 @@ class Pulse:
         self._store, self._driver = store, driver
         self._about: dict[str, Any] = {"driver": driver, "shard": None, "task": None, **(where or {})}
         self._since: float | None = None
+        self._limit: float | None = None
         self._shown, self._shown_at = self._about, 0.0
         self._sign = Sign(store, "workers", lambda: self._about, self._tick, TICK_SECONDS)
 
@@ -78,20 +79,24 @@ class Pulse:
         self._sign.__exit__()
 
     @contextmanager
-    def at(self, shard: str, task: str | None, *, limited: bool = True) -> Iterator[None]:
-        """While this lasts, the note says so; and the limits hold, where it is `limited`."""
-        self._about = {**self._about, "shard": shard, "task": task}
+    def at(self, shard: str, *tasks: str, limited: int = 0) -> Iterator[None]:
+        """While this lasts, the note says which tasks it is at; and the limits hold for `limited` of them at once.
+
+        One is named as `task`, whose fault an end over a limit is; of a fleet nobody can say whose.
+        """
+        (task,) = tasks if len(tasks) == 1 else (None,)
+        self._about = {**self._about, "shard": shard, "task": task, "fleet": list(tasks) if task is None else []}
         if self._shown["shard"] != shard or time.monotonic() - self._shown_at >= NOTE_SECONDS:
             self._show()
         self._since = time.monotonic() if limited else None
-        limit = self.limits.task_seconds if limited else None
+        limit = self._limit = self.limits.task_seconds * limited if self.limits.task_seconds and limited else None
         if limit:
             faulthandler.dump_traceback_later(limit + HELD_SECONDS, exit=True, file=STDERR)
         try:
             yield
         finally:
             self._since = None
-            self._about = {**self._about, "shard": None, "task": None}
+            self._about = {**self._about, "shard": None, "task": None, "fleet": []}
             if limit:
                 faulthandler.cancel_dump_traceback_later()
 
@@ -100,7 +105,7 @@ class Pulse:
         one whose driver's id is lower."""
         notes = living(self._store, "workers").values()
         others = [n for n in notes if n.get("driver") != self._driver and filed_under(str(n.get("shard"))) == shard]
-        return any(note.get("task") or str(note["driver"]) < self._driver for note in others)
+        return any(note.get("task") or note.get("fleet") or str(note["driver"]) < self._driver for note in others)
 
     def _show(self) -> None:
         self._shown, self._shown_at = self._about, time.monotonic()
@@ -111,8 +116,8 @@ class Pulse:
             self._show()
         if not self.stop.is_set() and self._asked_to_stop():
             self.stop.set()
-        since, limits, about = self._since, self.limits, self._about
-        if since is not None and limits.task_seconds and time.monotonic() - since > limits.task_seconds:
+        since, limits, limit, about = self._since, self.limits, self._limit, self._about
+        if since is not None and limit and time.monotonic() - since > limit:
             self._end(TIME, about)
         if since is not None and limits.memory_bytes and _resident() > limits.memory_bytes:
             self._end(MEMORY, about)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +23,19 @@ from pruners.pruners import choose
 from pruners.surgery import prune
 from storage.identity import canonical_json
 from storage.records import Removed, Row, row_for, utc_now
+from workers.backends import open_backend
 from workers.checkpoints import State
 from workers.datasets import DATASETS
-from workers.dense import on_device
 from workers.execution import arithmetic, library_versions
+from workers.measures import Epoch
 from workers.networks import network_file
 from workers.streams import seeded
-from workers.training import Epoch, measure, train
+from workers.training import train
 from workers.weights import portable
 
 if TYPE_CHECKING:
-    from storage.records import Task
+    from storage.records import Cell, Task
+    from workers.training import Backend
     from workers.worker import DenseModel, Worker
 
 
@@ -41,39 +45,59 @@ class NotEquivalent(Exception):
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned network, which units it lost, and what was measured so far."""
+    """A pruned network, which units it lost, and what is known of it without data."""
 
     network: nn.Module
     removed: dict[str, tuple[int, ...]]
     measured: dict[str, Any] = field(default_factory=dict)
 
 
-def run_task(task: Task, worker: Worker, *, keep: str = "none", attempt: int = 1) -> Row:
-    """Run `task` and return its row, status `done`; its network is in the store. Whatever goes wrong is raised."""
-    row, network = run_and_return(task, worker, keep=keep, attempt=attempt)
-    return row if network is None else replace(row, kept_network=worker.store.commit_network(task.task_id, network))
+def run_tasks(tasks: Sequence[Task], worker: Worker, *, keep: str, attempts: Sequence[int]) -> list[Row]:
+    """Run the tasks of one fleet; their rows, status `done`, their networks in the store. Errors are raised."""
+    made = run_and_return(tasks, worker, keep=keep, attempts=attempts)
+    return [_keeping(row, network, worker) for row, network in made]
 
 
-def run_and_return(task: Task, worker: Worker, *, keep: str = "none", attempt: int = 1) -> tuple[Row, bytes | None]:
-    """Run `task`; its row, and the content of its network's file if one is kept. Nothing is written."""
-    started = utc_now()
-    dense = worker.dense(task.cell.dense)
-    execution = worker.execution(task.cell)
+def _keeping(row: Row, network: bytes | None, worker: Worker) -> Row:
+    return row if network is None else replace(row, kept_network=worker.store.commit_network(row.task_id, network))
+
+
+def run_and_return(
+    tasks: Sequence[Task], worker: Worker, *, keep: str, attempts: Sequence[int]
+) -> list[tuple[Row, bytes | None]]:
+    """Run tasks of one cell and seed that stand in one fleet: each one's row, and the content of its
+    network's file if one is kept. Nothing is written.
+
+    Each stands where its candidate number says; elsewhere in the fleet is padding. Times are the
+    fleet's, shared out evenly.
+    """
+    started, cell = utc_now(), tasks[0].cell
+    dense = worker.dense(cell.dense)
+    execution = worker.execution(cell)
     with arithmetic(execution):
-        before, seconds_prune = timed(lambda: prune_and_measure(task, dense, worker))
-        (after, network), seconds_retrain = timed(lambda: retrain_and_measure(task, before, worker, keep))
-    where = provenance(attempt) | {
-        "execution": execution.json,
-        "device": str(worker.accelerator.device),
-        "peak_memory_bytes": peak_memory(worker.accelerator.device),
-    }
-    times = {
-        "seconds_prune": seconds_prune,
-        "seconds_retrain": seconds_retrain,
-        "started_at": started,
-        "finished_at": utc_now(),
-    }
-    return row_for(task, "done", {**before.measured, **after, **where, **times}), network
+        pruned, seconds_prune = timed(lambda: [prune_task(task, dense, worker) for task in tasks])
+        slots = [task.candidate % execution.fleet for task in tasks]
+        networks = in_slots([p.network for p in pruned], slots, execution.fleet)
+        shape = DATASETS[cell.dense.dataset].shape
+        with closing(open_backend(execution, networks, cell.retrain, worker.accelerator, shape)) as backend:
+            before, seconds_measure = timed(lambda: measure_before(backend, cell, worker))
+            after, seconds_retrain = timed(lambda: retrain_and_measure(tasks, slots, pruned, backend, worker, keep))
+    rows = []
+    for task, slot, attempt, one, (columns, network) in zip(tasks, slots, attempts, pruned, after, strict=True):
+        where = provenance(attempt) | {
+            "execution": execution.json,
+            "device": str(worker.accelerator.device),
+            "peak_memory_bytes": peak_memory(worker.accelerator.device),
+        }
+        times = {
+            "seconds_prune": (seconds_prune + seconds_measure) / len(tasks),
+            "seconds_retrain": seconds_retrain / len(tasks),
+            "started_at": started,
+            "finished_at": utc_now(),
+        }
+        measured = {**one.measured, **before[slot], **columns, **where, **times}
+        rows.append((row_for(task, "done", measured), network))
+    return rows
 
 
 def timed(work: Any) -> tuple[Any, float]:
@@ -82,24 +106,28 @@ def timed(work: Any) -> tuple[Any, float]:
     return work(), time.perf_counter() - start
 
 
-def prune_and_measure(task: Task, dense: DenseModel, worker: Worker) -> Pruned:
-    """Prune the dense model as the task says, check it, and measure it before retraining."""
-    pruned = prune_task(task, dense, worker)
-    data = worker.data(task.cell.dense)
-    loss_set = worker.loss_set(task.cell)
-    network = on_device(pruned.network, worker.accelerator, worker.execution(task.cell).memory_format)
-    on_train = measure(network, loss_set, worker.accelerator)
-    on_test = measure(network, data.test, worker.accelerator)
-    subset = task.cell.loss_subset is not None
-    measured = {
-        "pruned_train_loss": on_train.loss,
-        "pruned_train_loss_se": on_train.loss_se if subset else None,
-        "pruned_train_loss_n": on_train.n,
-        "pruned_test_loss": on_test.loss,
-        "pruned_test_accuracy": on_test.accuracy,
-    }
-    baseline = worker.baseline(task.cell)
-    return Pruned(network, pruned.removed, {**pruned.measured, **baseline, **measured})
+def in_slots(networks: Sequence[nn.Module], slots: Sequence[int], size: int) -> list[nn.Module]:
+    """A fleet of `size`: each network in its slot, copies of the first in the others."""
+    there = dict(zip(slots, networks, strict=True))
+    return [there.get(slot) or copy.deepcopy(networks[0]) for slot in range(size)]
+
+
+def measure_before(backend: Backend, cell: Cell, worker: Worker) -> list[dict[str, Any]]:
+    """The pruned_* and dense_* columns of each member, before retraining."""
+    subset, baseline = cell.loss_subset is not None, worker.baseline(cell)
+    on_train = backend.measure(worker.loss_set(cell))
+    on_test = backend.measure(worker.data(cell.dense).test)
+    return [
+        {
+            **baseline,
+            "pruned_train_loss": train.loss,
+            "pruned_train_loss_se": train.loss_se if subset else None,
+            "pruned_train_loss_n": train.n,
+            "pruned_test_loss": test.loss,
+            "pruned_test_accuracy": test.accuracy,
+        }
+        for train, test in zip(on_train, on_test, strict=True)
+    ]
 
 
 def prune_task(task: Task, dense: DenseModel, worker: Worker) -> Pruned:
@@ -152,29 +180,37 @@ def scores(weights: Mapping[str, torch.Tensor], removed: Mapping[str, tuple[int,
     }
 
 
-def retrain_and_measure(task: Task, before: Pruned, worker: Worker, keep: str) -> tuple[dict[str, Any], bytes | None]:
-    """Retrain the pruned network; the columns of the row that this fills, and the kept network's file."""
-    cell, network = task.cell, before.network
-    kept = Keeper(network, keep)
-    start = {"execution": worker.execution(cell).json, "dense_sha256": before.measured["dense_sha256"], "keep": keep}
-    epochs = train(
-        network,
+def retrain_and_measure(
+    tasks: Sequence[Task], slots: Sequence[int], pruned: Sequence[Pruned], backend: Backend, worker: Worker, keep: str
+) -> list[tuple[dict[str, Any], bytes | None]]:
+    """Retrain the networks of a back-end: for each task the columns that this fills, and its kept network's file."""
+    cell, wanted = tasks[0].cell, dict.fromkeys(slots, keep)
+    keepers = [Keeper(network, wanted.get(slot, "none")) for slot, network in enumerate(backend.networks)]
+    about = {
+        "execution": worker.execution(cell).json,
+        "dense_sha256": pruned[0].measured["dense_sha256"],
+        "keep": keep,
+        "tasks": [task.task_id for task in tasks],
+    }
+    members = train(
+        backend,
         worker.data(cell.dense),
         cell.retrain,
-        worker.accelerator,
         dataset=cell.dense.dataset,
-        seed=task.seed,
+        seed=tasks[0].seed,
         stream="retrain",
-        watcher=kept,
-        checkpoint=worker.checkpoint(task.task_id, start),
+        watchers=keepers,
+        checkpoint=worker.checkpoint(tasks[0].task_id, about),
     )
-    columns = curves(epochs, cell.retrain.epochs) | outcome(epochs, cell.retrain.epochs)
-    if not columns["diverged"]:
-        last = measure(network, worker.loss_set(cell), worker.accelerator)
-        columns["last_train_loss"] = last.loss
-    if kept.weights is None:
-        return columns, None
-    return columns, network_file(kept.weights, task, before.removed, DATASETS[cell.dense.dataset].classes)
+    ends = backend.measure(worker.loss_set(cell))
+    made = []
+    for task, slot, before in zip(tasks, slots, pruned, strict=True):
+        columns = curves(members[slot], cell.retrain.epochs) | outcome(members[slot], cell.retrain.epochs)
+        if not columns["diverged"]:
+            columns["last_train_loss"] = ends[slot].loss
+        weights, classes = keepers[slot].weights, DATASETS[cell.dense.dataset].classes
+        made.append((columns, weights and network_file(weights, task, before.removed, classes)))
+    return made
 
 
 class Keeper:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from storage.records import Cell, Dense, Execution, Shard, Task
+    from storage.records import Cell, Dense, Execution, Recipe, Shard, Task
     from storage.store import Store
     from workers.checkpoints import Checkpoint
     from workers.datasets import Data, Split
@@ -53,6 +53,14 @@ class DenseMissing(Exception):
 
 class MemoryShort(Exception):
     """A task ran out of memory beside others: (task id, the error's message)."""
+
+
+class Halved(Exception):
+    """A fleet did not fit the memory: the shard again, in fleets of half the size."""
+
+
+class Together(Exception):
+    """Tasks of a fleet failed together: each is to be tried for itself."""
 
 
 class Repeated(Exception):
@@ -94,6 +102,7 @@ class Worker:
         self.messages: list[str] = []
         self._cache: dict[tuple[Any, ...], Any] = {}
         self._checkpoints: list[Checkpoint] = []
+        self._most = 1
 
     @cached_property
     def accelerator(self) -> Accelerator:
@@ -112,16 +121,21 @@ class Worker:
         A task that fails leaves a failed row. Raises what is no task's own: Stopped, Elsewhere,
         DenseMissing, StoreError, Diverged of a dense model, MemoryShort for a task to be run alone, Repeated.
         """
-        for group in grouped(self._attempts(shard)):
-            with self._at(shard, group[-1].task_id):
-                self.store.commit_rows(shard.filed_under, group)
-                self._drop_checkpoints()
-            yield from group
+        while True:
+            try:
+                for group in grouped(self._attempts(shard)):
+                    with self._at(shard, group[-1].task_id):
+                        self.store.commit_rows(shard.filed_under, group)
+                        self._drop_checkpoints()
+                    yield from group
+                return
+            except Halved:
+                continue
 
     def _attempts(self, shard: Shard) -> Iterator[Row]:
-        """The same, each row to be made durable."""
+        """The same, each row to be made durable. Raises Halved too."""
         self._checkpoints = []  # those of a shard that did not end here are not ours to drop
-        with self._at(shard, None):
+        with self._at(shard):
             if self.pulse and self.pulse.is_elsewhere(shard.filed_under):
                 raise Elsewhere
             if shard.dense is None:
@@ -133,39 +147,69 @@ class Worker:
         known = Attempts(self.store, shard.filed_under, (task.task_id for task in shard.tasks))
         attempts, looked = known.look(), time.monotonic()
         failures: Counter[str] = Counter()
-        for task in shard.tasks:
+        size = self._fleet_size(shard)
+        for fleet in fleets(shard.tasks, size):
             if self.pulse and self.pulse.stop.is_set():
                 raise Stopped
             if time.monotonic() - looked >= LOOK_AGAIN_SECONDS:
                 # Another driver may be at the same shard.
                 attempts, looked = known.look(), time.monotonic()
-            statuses = attempts.get(task.task_id, [])
-            if "done" in statuses:
-                continue
-            with self._at(shard, task.task_id):
-                row = self.attempt(task, keep=shard.keep, attempt=len(statuses) + 1, alone=shard.is_alone)
-            yield row
-            if row.status == "failed":
-                failures[where_it_failed(row)] += 1
-                if failures[where_it_failed(row)] == PAUSE_AFTER:
-                    raise Repeated(f"{PAUSE_AFTER} tasks failed at the same place: {last_line(row.error)}")
+            tries = {task: len(attempts.get(task.task_id, [])) + 1 for task in fleet}
+            left = [task for task in fleet if "done" not in attempts.get(task.task_id, [])]
+            for row in self._rows(shard, left, tries, size) if left else ():
+                yield row
+                if row.status == "failed":
+                    failures[where_it_failed(row)] += 1
+                    if failures[where_it_failed(row)] == PAUSE_AFTER:
+                        raise Repeated(f"{PAUSE_AFTER} tasks failed at the same place: {last_line(row.error)}")
 
-    def attempt(self, task: Task, *, keep: str = "none", attempt: int = 1, alone: bool = True) -> Row:
-        """The row of `task`: done, or failed with the error's class and traceback.
+    def _fleet_size(self, shard: Shard) -> int:
+        """How many networks train at once. On a CPU one: what goes wrong before then is the task's failure."""
+        self._most = shard.block
+        if self.fixed is None and not self._has_accelerator():
+            return 1
+        return self.execution(shard.tasks[0].cell).fleet
 
-        Memory that runs out is the task's own failure only where it ran `alone`; else MemoryShort is raised.
+    def _rows(self, shard: Shard, tasks: Sequence[Task], tries: Mapping[Task, int], size: int) -> Iterator[Row]:
+        """The rows of a fleet's tasks: of all at once, or one by one where together they failed."""
+        try:
+            with self._at(shard, *(task.task_id for task in tasks), limited=size):
+                rows = self.attempt(tasks, keep=shard.keep, attempts=[tries[t] for t in tasks], alone=shard.is_alone)
+            yield from rows
+        except Together:
+            for task in tasks:
+                yield from self._rows(shard, [task], tries, size)
+
+    def _has_accelerator(self) -> bool:
+        if self.cpu:
+            return False
+        import torch
+
+        return torch.accelerator.is_available()
+
+    def attempt(
+        self, tasks: Sequence[Task], *, keep: str = "none", attempts: Sequence[int] = (1,), alone: bool = True
+    ) -> list[Row]:
+        """The rows of a fleet's tasks: done, or of a single task failed with the error's class and traceback.
+
+        Several that fail raise Together. Memory that runs out is a task's own failure only where it ran
+        `alone`; else MemoryShort is raised, or the fleet's size halved.
         """
-        from workers.task import provenance, run_task
+        from workers.task import provenance, run_tasks
 
         started = utc_now()
         before = list(self._checkpoints)
         try:
-            return run_task(task, self, keep=keep, attempt=attempt)
+            return run_tasks(tasks, self, keep=keep, attempts=attempts)
         except (Stopped, StoreError, DenseMissing):
             self._checkpoints = before  # nor is that of this task
             raise
         except Exception as error:
-            short = is_memory_short(error)
+            short, (task, *others) = is_memory_short(error), tasks
+            if short and self._halve_fleet(task.cell):
+                raise Halved from None
+            if others:
+                raise Together from error
             if short and not alone:
                 self._checkpoints = before
                 raise MemoryShort(task.task_id, str(error)) from None
@@ -175,21 +219,23 @@ class Worker:
                 "started_at": started,
                 "finished_at": utc_now(),
             }
-            return row_for(task, "failed", provenance(attempt) | what)
+            return [row_for(task, "failed", provenance(attempts[0]) | what)]
 
     def train_dense(self, dense: Dense) -> None:
         """Train a dense model and keep it, unless the store has it. Raises Diverged, or Stopped."""
-        from workers.dense import train_dense
+        from workers.dense import initial_model, train_dense
         from workers.execution import arithmetic, choose_execution
 
         if self.store.dense(dense.dense_id) is not None:
             return
         self._set_damaged_aside(dense)  # what is there would be in the way of the same name
+        data, device = self.data(dense), self.accelerator.device
         shape = (dense.model, dense.dataset, dense.recipe.batch_size, "dense")
-        execution = choose_execution(self.store, shape, self.accelerator.device)
+        decide = lambda: self._fastest(initial_model(dense), data, dense.recipe, 1)  # noqa: E731
+        execution = choose_execution(self.store, shape, device, decide)
         checkpoint = self.checkpoint(dense.dense_id, {"execution": execution.json})
         with arithmetic(execution):
-            content = train_dense(dense, self.data(dense), self.accelerator, execution.memory_format, checkpoint)
+            content = train_dense(dense, data, self.accelerator, execution, checkpoint)
         self.store.commit_dense(dense.dense_id, content)
         self._drop_checkpoints()
 
@@ -200,10 +246,9 @@ class Worker:
 
     # -- what a pulse adds -------------------------------------------------------------------------
 
-    def _at(self, shard: Shard, key: str | None) -> AbstractContextManager[None]:
-        """While this lasts the pulse shows the task, or the dense model, and holds a task to its limits."""
-        limited = key is not None and shard.dense is None
-        return self.pulse.at(shard.shard_id, key, limited=limited) if self.pulse else nullcontext()
+    def _at(self, shard: Shard, *keys: str, limited: int = 0) -> AbstractContextManager[None]:
+        """While this lasts the pulse shows the tasks, or the dense model, and holds tasks to their limits."""
+        return self.pulse.at(shard.shard_id, *keys, limited=limited) if self.pulse else nullcontext()
 
     def checkpoint(self, key: str, about: Mapping[str, Any]) -> Checkpoint | None:
         """The checkpoint of the training that begins; none without a pulse."""
@@ -274,37 +319,80 @@ class Worker:
 
     def execution(self, cell: Cell) -> Execution:
         """How tasks of this shape are computed here."""
-        from models import layer_units
-        from pruners.candidates import n_removed
         from workers.execution import choose_execution, repeated
 
+        device = self.accelerator.device
         if self.fixed:
-            return repeated(self.fixed, self.accelerator.device)
+            return repeated(self.fixed, device)
+        shape = self._shape(cell)
+        decide = lambda: self._fastest(  # noqa: E731
+            self._example(cell), self.data(cell.dense), cell.retrain, self._most
+        )
+        return self._once(("execution", shape), lambda: choose_execution(self.store, shape, device, decide))
+
+    def _shape(self, cell: Cell) -> tuple[Any, ...]:
+        from models import layer_units
+        from pruners.candidates import n_removed
+
         units = layer_units(cell.dense.model)
         removed = tuple(n_removed(units[name], ratio) for name, ratio in cell.layers)
         names = tuple(name for name, _ in cell.layers)
         shape = (cell.dense.model, cell.dense.dataset, names, removed, cell.retrain.batch_size, cell.precision)
-        return self._once(("execution", shape), lambda: choose_execution(self.store, shape, self.accelerator.device))
+        return shape if self.accelerator.device.type == "cpu" else (*shape, self._most)
+
+    def _example(self, cell: Cell) -> nn.Module:
+        """A pruned network of a cell's shape."""
+        from pruners.pruners import choose
+        from pruners.surgery import prune
+
+        dense, ratios = self.dense(cell.dense), dict(cell.layers)
+        removed = choose("l1", {name: dense.weight(name) for name in ratios}, ratios)
+        return prune(dense.model, removed, self.data(cell.dense).train.images[:1].cpu())
+
+    def _fastest(self, network: nn.Module, data: Data, recipe: Recipe, block: int) -> dict[str, Any]:
+        """The choice for networks like this one, in fleets of at most `block`."""
+        from workers.backends import SERIAL, fastest
+        from workers.execution import arithmetic, execution_of
+
+        with arithmetic(execution_of(SERIAL, self.accelerator.device)):
+            return fastest(network, data.train, recipe, self.accelerator, block, self._report)
+
+    def _halve_fleet(self, cell: Cell) -> bool:
+        """Note half the fleet for this shape, where there is more than one to halve: memory ran out."""
+        from workers.execution import note_name
+
+        fleet = self.execution(cell).fleet
+        if fleet == 1 or self.fixed:
+            return False
+        name, shape = note_name(self._shape(cell), self.accelerator.device), self._shape(cell)
+        noted = self.store.scratch.noted(name) or {}
+        if noted.get("fleet", 1) >= fleet:
+            self.store.scratch.renew(name, {**noted, "fleet": fleet // 2})
+        del self._cache["execution", shape]
+        return True
 
     def baseline(self, cell: Cell) -> dict[str, Any]:
         """The dense_* columns: what the dense model achieves, measured as the pruned ones are."""
         import copy
 
-        from workers.dense import on_device
-        from workers.training import measure
+        from workers.backends import SERIAL, open_backend
+
+        execution, data = self.execution(cell), self.data(cell.dense)
+        if execution.backend == "fleet":  # of a single network it would be another computation anyway
+            execution = replace(execution, **SERIAL)
 
         def make() -> dict[str, Any]:
             dense = copy.deepcopy(self.dense(cell.dense).model)
-            model = on_device(dense, self.accelerator, self.execution(cell).memory_format)
-            on_train = measure(model, self.loss_set(cell), self.accelerator)
-            on_test = measure(model, self.data(cell.dense).test, self.accelerator)
+            shape = data.train.images.shape[1:]
+            with closing(open_backend(execution, [dense], cell.retrain, self.accelerator, shape)) as backend:
+                (on_train,), (on_test,) = backend.measure(self.loss_set(cell)), backend.measure(data.test)
             return {
                 "dense_train_loss": on_train.loss,
                 "dense_test_loss": on_test.loss,
                 "dense_test_accuracy": on_test.accuracy,
             }
 
-        key = ("baseline", cell.dense.dense_id, cell.loss_subset, self.execution(cell).json)
+        key = ("baseline", cell.dense.dense_id, cell.loss_subset, execution.json)
         return self._once(key, make)
 
     def size(self, network: nn.Module, example: torch.Tensor, shape: tuple[Any, ...]) -> tuple[int, int]:
@@ -339,6 +427,16 @@ def count(network: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(example)
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
+
+
+def fleets(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    """The tasks that train together: of one seed, and one block of `size` candidate numbers."""
+    if size == 1:
+        return [[task] for task in tasks]
+    found: dict[tuple[int, int], list[Task]] = {}
+    for task in tasks:
+        found.setdefault((task.candidate // size, task.seed), []).append(task)
+    return list(found.values())
 
 
 def is_memory_short(error: BaseException) -> bool:

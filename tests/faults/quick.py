@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +89,12 @@ def plant() -> None:
     seconds = float(os.environ.get("QUICK_SECONDS", "0.05"))
     poison = {int(k): v for k, v in json.loads(os.environ.get("QUICK_POISON", "{}")).items()}
 
-    def run_task(task: Task, worker: Worker, *, keep: str = "none", attempt: int = 1) -> Row:
+    def run_tasks(tasks: Sequence[Task], worker: Worker, *, keep: str, attempts: Sequence[int]) -> list[Row]:
+        (task,), (attempt,) = tasks, attempts
         misbehave(poison.get(task.candidate, ""))
         time.sleep(seconds)
         row = quick_row(task, attempt)
-        return replace(row, diverged=True, best_test_accuracy=None) if poison.get(task.candidate) == "nan" else row
+        return [replace(row, diverged=True, best_test_accuracy=None) if poison.get(task.candidate) == "nan" else row]
 
     def train_dense(worker: Worker, dense: Dense) -> None:
         worker._set_damaged_aside(dense)
@@ -103,10 +105,11 @@ def plant() -> None:
             raise DenseMissing(worker._set_damaged_aside(dense))
 
     module = types.ModuleType("workers.task")
-    vars(module).update(run_task=run_task, provenance=lambda attempt: {"attempt": attempt})
+    vars(module).update(run_tasks=run_tasks, provenance=lambda attempt: {"attempt": attempt})
     sys.modules["workers.task"] = module
     patched: Any = Worker
     patched.train_dense, patched.dense = train_dense, load_dense
+    patched._has_accelerator = lambda _: False  # to look would import torch
 
 
 def main() -> None:
