@@ -14,6 +14,12 @@ from typing import Any
 # name -> the module with the function of that name; imported only when it is run: the compute benchmarks
 # need torch and numpy, nothing else.
 BENCHMARKS = {
+    "commit": "store",
+    "corr": "store",
+    "query": "store",
+    "row_bytes": "store",
+    "startup": "store",
+    "store_curve": "store",
 }
 
 

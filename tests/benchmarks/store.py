@@ -1,0 +1,224 @@
+"""What the store costs: commits, queries, `corr`, bytes on disk, and the commands that only read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from storage.correlate import cell_data, corr_table
+from storage.records import Row
+from storage.rowfiles import parquet
+from storage.schema import rows_to_table, table_to_rows
+from storage.sql import run_query
+from storage.store import Store
+from tests.benchmarks.harness import PAIRS, Figure, pairs, ratios, seconds
+from tests.benchmarks.rows import CELL_ROWS, planned, rows, shard_of, study
+
+SWEEP = "study"
+COLUMNS = ("pruned_train_loss", "best_test_accuracy", "last5_test_accuracy_mean")
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """A folder on the disk that temporary files are on, gone at the end."""
+    path = Path(tempfile.mkdtemp(prefix="prunesweep-bench-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def filled(path: Path, n: int, *, compacted: bool = True) -> Store:
+    """A store with n rows of one sweep: whole in compacted files, or one row in each file."""
+    store, tasks = Store(path), study(n)
+    store.write_manifest(SWEEP, f"name: {SWEEP}\n", planned(tasks))
+    step = 2 * CELL_ROWS if compacted else 1
+    for at in range(0, n, step):
+        store.commit_rows(shard_of(tasks[at]), rows(tasks[at : at + step], seed=at))
+    if compacted:
+        store.compact()
+    return store
+
+
+# -- commit -------------------------------------------------------------------------------------------
+
+
+def commit(n: int = 100, times: int = PAIRS) -> Iterator[Figure]:
+    """One row per commit, against its bytes, already serialised, written, synced, renamed, the folder synced."""
+    made = rows(study(n))
+    contents = [parquet(rows_to_table([row])) for row in made]
+    with folder() as path:
+        stores = (Store(path / f"store{i}") for i in count())
+
+        def ours() -> float:
+            store = next(stores)
+            store.commit_rows("warm", made[:1])
+            taken = seconds(lambda: [store.commit_rows(shard_of(row.task()), [row]) for row in made])
+            _check_rows(store, made)
+            return taken
+
+        def bare() -> float:
+            (path / "bare").mkdir(exist_ok=True)
+            taken = seconds(lambda: [_bare(path / "bare", f"{i}.parquet", one) for i, one in enumerate(contents)])
+            shutil.rmtree(path / "bare")
+            return taken
+
+        found = pairs(ours, bare, times)
+    notes = {
+        "bytes": len(contents[0]),
+        "ms_per_commit": [1e3 * a / n for a, _ in found],
+        "ms_per_bare": [1e3 * b / n for _, b in found],
+    }
+    yield Figure("commit", "commits of one row vs bare loop", "x", ratios(found), 0.8, 1.0, True, notes)
+
+
+def _check_rows(store: Store, made: list[Row]) -> None:
+    """The rows of a store are those that were committed, every column of them."""
+    known = {row.task_id: row for row in table_to_rows(rows_to_table(made))}
+    table, problems = store.row_files()
+    assert not problems and {row.task_id: row for row in table_to_rows(table)} == known
+
+
+def _bare(at: Path, name: str, content: bytes) -> None:
+    handle = os.open(at / f".{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    os.write(handle, content)
+    os.fsync(handle)
+    os.close(handle)
+    os.rename(at / f".{name}", at / name)
+    handle = os.open(at, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+def corr(n: int = 53 * CELL_ROWS, times: int = PAIRS) -> Iterator[Figure]:
+    """The table of `prunesweep corr` from a compacted store, opened fresh, in a process that did it before."""
+    with folder() as path:
+        where = filled(path, n).location
+
+        def table() -> Any:
+            return corr_table(cell_data(Store(where), SWEEP, COLUMNS), *COLUMNS)
+
+        _check_corr(Store(where), n, table().to_pylist())
+        samples = tuple(1e3 * seconds(table) for _ in range(times))
+    yield Figure("corr", f"corr of {n:,} rows", "ms", samples, 100, 30)
+
+
+def _check_corr(store: Store, n: int, lines: list[dict[str, Any]]) -> None:
+    """Each line is what scipy says of the means over seeds, computed here from the rows one by one."""
+    cells: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    x, y, _ = COLUMNS
+    columns = ("cell_id", "candidate", x, y)
+    found = store.row_files()[0]
+    for cell, candidate, a, b in zip(*(found[c].to_pylist() for c in columns), strict=True):
+        cells.setdefault(cell, {}).setdefault(candidate, []).append((a, b))
+    assert [line["cell_id"] for line in lines] == list({task.cell.cell_id: 0 for task in study(n)})
+    for line in lines:
+        means = [
+            [sum(side) / len(seeds) for side in zip(*seeds, strict=True)] for seeds in cells[line["cell_id"]].values()
+        ]
+        a, b = [mean for mean, _ in means], [round(mean, 12) for _, mean in means]
+        tests = [stats.kendalltau(a, b), stats.spearmanr(a, b), stats.pearsonr(a, b)]
+        want = [value for one in tests for value in (one.statistic, one.pvalue)]
+        have = [line[name] for name in ("tau", "p", "spearman", "spearman_p", "pearson", "pearson_p")]
+        assert all(abs(v - w) < 1e-9 for v, w in zip(have, want, strict=True)), (have, want)
+
+
+QUERIES = {
+    "count and mean": "select count(*) as n, avg(best_test_accuracy) as mean from rows where status = 'done'",
+    "cells": "select * from cells",
+}
+
+
+def query(n: int = 4000, times: int = PAIRS) -> Iterator[Figure]:
+    """Two queries over one-row files, then over the same rows compacted; the store is opened for each."""
+    with folder() as path:
+        store = filled(path, n, compacted=False)
+        before = {name: run_query(store, text) for name, text in QUERIES.items()}
+        assert before["count and mean"]["n"].to_pylist() == [n] == [sum(before["cells"]["done"].to_pylist())]
+        for name, text in QUERIES.items():
+            samples = tuple(seconds(lambda text=text: run_query(Store(path), text)) for _ in range(min(times, 3)))
+            yield Figure("query", f"{name}, {n:,} one-row files", "s", samples, 5, 2.5)
+        store.compact()
+        for name, text in QUERIES.items():
+            assert run_query(store, text).to_pylist() == before[name].to_pylist(), "compaction changed an answer"
+            samples = tuple(1e3 * seconds(lambda text=text: run_query(Store(path), text)) for _ in range(times))
+            yield Figure("query", f"{name}, {n:,} rows compacted", "ms", samples, 50, 15)
+
+
+# -- size ---------------------------------------------------------------------------------------------
+
+
+def row_bytes(n: int = 10_000) -> Iterator[Figure]:
+    """Bytes on disk per row, of rows that were committed one by one and compacted, with curves of 30 epochs."""
+    made = rows(study(n))
+    with folder() as path:
+        store = Store(path)
+        for row in made:
+            store.commit(f"rows/{shard_of(row.task())}-{os.urandom(16).hex()}.parquet", parquet(rows_to_table([row])))
+        store.compact()
+        _check_rows(store, made)
+        size = sum(store.sizes("rows").values()) / n
+    yield Figure("row_bytes", f"bytes per row of {n:,}, compacted", "B", (size,), 600, 450)
+
+
+# -- whole processes ----------------------------------------------------------------------------------
+
+COMMANDS = {
+    "--help": ["--help"],
+    "status": ["status", SWEEP],
+    "query": ["query", "select count(*) from rows"],
+}
+
+
+def startup(times: int = PAIRS, n: int = 200) -> Iterator[Figure]:
+    """`prunesweep` from its start to its end, with Python's compiled files in place, as after the first use."""
+    with folder() as path:
+        filled(path / "results", n)
+        env = os.environ | {"PRUNESWEEP_STORE": str(path / "results"), "PYTHONPYCACHEPREFIX": str(path / "compiled")}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
+        for name, arguments in COMMANDS.items():
+            started = lambda arguments=arguments: _run(arguments, env)  # noqa: E731
+            assert ("Commands:" if name == "--help" else str(n)) in started()
+            yield Figure("startup", f"prunesweep {name}", "s", tuple(seconds(started) for _ in range(times)), 0.8, 0.4)
+
+
+def _run(arguments: list[str], env: dict[str, str]) -> str:
+    script = Path(sysconfig.get_path("scripts"), "prunesweep")
+    command = [str(script)] if script.exists() else [sys.executable, "-m", "prunesweep"]
+    return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, check=True).stdout
+
+
+# -- how it bends -------------------------------------------------------------------------------------
+
+
+def store_curve(sizes: tuple[int, ...] = (1000, 10_000, 100_000), times: int = 3) -> Iterator[Figure]:
+    """A commit, a look at all statuses, a query and `corr`, with so many rows in the store, compacted."""
+    for n in sizes:
+        with folder() as path:
+            store, one = filled(path, n), rows(study(1))
+            assert len(store.statuses()) == n
+            works: dict[str, Callable[[], Any]] = {
+                "commit of one row": lambda store=store, one=one: store.commit_rows("s0", one),
+                "statuses": lambda path=path: Store(path).statuses(),
+                "count and mean": lambda path=path: run_query(Store(path), QUERIES["count and mean"]),
+                "corr": lambda path=path: corr_table(cell_data(Store(path), SWEEP, COLUMNS), *COLUMNS),
+                "compact, one file more": lambda store=store: store.compact(),
+            }
+            for name, work in works.items():
+                work() if name != "compact, one file more" else None
+                samples = tuple(1e3 * seconds(work) for _ in range(1 if name.startswith("compact") else times))
+                yield Figure("store_curve", f"{name}, {n:,} rows", "ms", samples)
