@@ -24,8 +24,8 @@ from tests.conftest import TINY
 from tests.rows import DENSE, ORACLE, failed, tasks, tree
 from tests.test_interrupt import in_process
 from workers import load_network
-from workers.datasets import prepare
 from workers.backends import open_backend
+from workers.datasets import prepare
 from workers.weights import packed
 
 Rerun = Callable[..., tuple[int, str, str]]
@@ -114,7 +114,7 @@ def test_a_lost_scratch_changes_nothing(store: Store, rerun: Rerun) -> None:
 
 
 def test_the_recorded_execution_is_repeated(store: Store, rerun: Rerun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads and memory format are those of the row, not what the store has chosen."""
+    """Back-end, threads and memory format are those of the row, not what the store has chosen."""
     other = tamper(
         store, execution=execution(rows(store)[0], backend="serial", threads=2, memory_format="preserve_format")
     )

@@ -21,8 +21,8 @@ from workers import load_network
 from workers.compiled import Compiled
 from workers.datasets import DATASETS, DataMissing, prepare
 from workers.dense import load_dense
-from workers.streams import generator, seeded, stream_seed
 from workers.serial import Serial
+from workers.streams import generator, seeded, stream_seed
 from workers.training import minibatches
 from workers.worker import PAUSE_AFTER, DenseMissing, MemoryShort, Repeated, Worker
 
@@ -267,7 +267,8 @@ def test_fp16_without_a_gpu_is_refused(tmp_path: Path, dense_store: Store) -> No
     """Accelerate would run fp32 under another name; the task fails and says so."""
     code = (
         "import sys; from storage.store import Store; from workers.worker import Worker;"
-        f"from tests.test_worker import TASK; (row,) = Worker(Store({dense_store.root!r}), 'none', 'fp16').attempt([TASK]);"
+        f"from tests.test_worker import TASK; store = Store({dense_store.root!r});"
+        "(row,) = Worker(store, 'none', 'fp16').attempt([TASK]);"
         "print(row.status, row.error_class)"
     )
     found = subprocess.run(
