@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from orchestrator import expand
 from orchestrator.documents import Document
@@ -14,12 +20,17 @@ from orchestrator.spec import SweepSpec, load_spec
 from storage.commit import room
 from storage.errors import StoreError
 from storage.identity import join_id
-from storage.manifest import Manifest, PlannedTask, planned_tasks
-from storage.records import Cell, Dense, Shard
+from storage.manifest import Manifest, plan_batches
+from storage.records import Cell, Dense, Shard, Tasks
 from workers.datasets import DATASETS, missing_message
 
 if TYPE_CHECKING:
     from storage.store import Store
+
+SMALLEST_BLOCK = 8
+STATUSES = ("done", "failed", "pending")
+PLAN_COLUMNS = ("shard", "task_id", "recipe", "candidate", "seed")
+"""What a plan needs of the manifest."""
 
 ROW_BYTES = 16_384
 """What a task's row takes on a disk until it is compacted, with its folder entry."""
@@ -45,7 +56,7 @@ class Plan:
     @property
     def statuses(self) -> dict[str, int]:
         """The sweep's tasks by status."""
-        return {status: sum(one.statuses[status] for one in self.cells) for status in ("done", "failed", "pending")}
+        return {status: sum(one.statuses[status] for one in self.cells) for status in STATUSES}
 
     @property
     def total(self) -> int:
@@ -56,11 +67,23 @@ class Plan:
         return sum(len(shard.tasks) for shard in self.shards)
 
 
-def planned(spec: SweepSpec, document: Document) -> Iterator[PlannedTask]:
-    """Every task of a spec with its shard, in the order of the grid."""
-    block = spec.resources.candidates_per_shard
-    for task in expand.tasks(spec, document):
-        yield PlannedTask(shard_id(task.cell.cell_id, task.candidate, block), task)
+def planned(spec: SweepSpec, document: Document) -> Iterator[Shard]:
+    """Every task of a spec in its shard, in the order of the grid: cell, candidate, seed."""
+    counts = [expand.candidate_count(cell, spec.candidates.count) for cell in expand.cells(spec, document)]
+    block = block_size(spec, sum(counts))
+    for cell, count in zip(expand.cells(spec, document), counts, strict=True):
+        for first in range(0, count, block):
+            pairs = product(range(first, min(first + block, count)), spec.grid.seed)
+            yield Shard(shard_id(cell.cell_id, first, block), Tasks.from_pairs(cell, pairs), block=block)
+
+
+def block_size(spec: SweepSpec, candidates: int) -> int:
+    """How many candidates a shard has. `auto`, for a grid of so many in all cells, is about half the square
+    root, a power of two: shards become longer and more at once, so that neither starting them nor waiting for
+    the last one costs much."""
+    given = spec.resources.candidates_per_shard
+    half = max(SMALLEST_BLOCK, math.isqrt(candidates) // 2)
+    return given if given != "auto" else 1 << (half.bit_length() - 1)
 
 
 def shard_id(cell_id: str, candidate: int, block: int) -> str:
@@ -68,15 +91,34 @@ def shard_id(cell_id: str, candidate: int, block: int) -> str:
     return join_id("shard", cell_id, block, candidate // block)
 
 
-def pack(planned: Iterable[PlannedTask], keep: Mapping[str, str]) -> tuple[Shard, ...]:
-    """The shards of `planned`, each with its tasks; `keep` says what to keep, by recipe id."""
-    groups: dict[str, list[PlannedTask]] = {}
-    for one in planned:
-        groups.setdefault(one.shard, []).append(one)
-    return tuple(
-        Shard(name, tuple(one.task for one in group), keep=keep.get(group[0].task.cell.retrain.recipe_id, "none"))
-        for name, group in groups.items()
-    )
+def pack(planned: pa.Table, keep: Mapping[str, str], block: int) -> tuple[Shard, ...]:
+    """The shards of planned tasks (PLAN_COLUMNS); `keep` says what to keep, by recipe id."""
+    shards, recipes = Codes.of(planned["shard"]), Codes.of(planned["recipe"])
+    cells = [Cell.from_json(recipe) for recipe in recipes.values]
+    pairs = np.stack([planned[name].to_numpy() for name in ("candidate", "seed")], axis=1)
+    starts = np.flatnonzero(np.diff(shards.codes, prepend=-1))
+    packed: list[Shard] = []
+    for start, end in pairwise([*starts.tolist(), len(planned)]):
+        cell = cells[recipes.codes[start]]
+        tasks = Tasks(cell, pairs[start:end].tobytes())
+        name, kept = shards.values[shards.codes[start]], keep.get(cell.retrain.recipe_id, "none")
+        packed.append(Shard(name, tasks, keep=kept, block=block))
+    return tuple(packed)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A column of strings that repeat: their places among `values`."""
+
+    codes: np.ndarray
+    values: list[str]
+
+    @staticmethod
+    def of(column: pa.ChunkedArray) -> Codes:
+        if not pa.types.is_dictionary(column.type):
+            column = column.dictionary_encode()
+        encoded = column.unify_dictionaries().combine_chunks()
+        return Codes(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
 
 
 def check(document: Document) -> SweepSpec:
@@ -115,24 +157,42 @@ def _size(n: float) -> str:
     return f"{max(0, n) / 1e9:.2f} GB" if n >= 1e8 else f"{max(0, n) / 1e6:.1f} MB"
 
 
-def make_plan(store: Store, spec: SweepSpec, tasks: Iterable[PlannedTask], only: frozenset[str] | None = None) -> Plan:
-    """Lay planned tasks against the store: unfinished = those without a row `done`.
+def make_plan(store: Store, spec: SweepSpec, planned: pa.Table, only: frozenset[str] | None = None) -> Plan:
+    """Lay planned tasks (PLAN_COLUMNS) against the store: unfinished = those without a row `done`.
 
     `only` narrows what is run to those task ids.
     """
-    statuses = store.statuses()
-    unfinished: list[PlannedTask] = []
-    cells: dict[str, CellPlan] = {}
-    for one in tasks:
-        status = statuses.get(one.task.task_id, "pending")
-        cell = one.task.cell
-        if cell.cell_id not in cells:
-            cells[cell.cell_id] = CellPlan(cell, Counter())
-        cells[cell.cell_id].statuses[status] += 1
-        if status != "done" and (only is None or one.task.task_id in only):
-            unfinished.append(one)
-    shards = pack(unfinished, expand.keeps(spec.retrain))
-    return Plan(spec, tuple(cells.values()), shards, missing_denses(store, shards))
+    status = statuses_of(store, planned["task_id"])
+    wanted = status != STATUSES.index("done")
+    if only is not None:
+        wanted &= is_in(planned["task_id"], only)
+    block = block_size(spec, len(planned) // len(spec.grid.seed))
+    shards = pack(planned.filter(pa.array(wanted)), expand.keeps(spec.retrain), block)
+    return Plan(spec, cell_plans(planned["recipe"], status), shards, missing_denses(store, shards))
+
+
+def statuses_of(store: Store, task_ids: pa.ChunkedArray) -> np.ndarray:
+    """Each task's status as its place in STATUSES."""
+    found = store.statuses()
+    there = {status: is_in(task_ids, (i for i, s in found.items() if s == status)) for status in ("done", "failed")}
+    return np.select(list(there.values()), [STATUSES.index(status) for status in there], STATUSES.index("pending"))
+
+
+def is_in(task_ids: pa.ChunkedArray, these: Iterable[str]) -> np.ndarray:
+    """Which of the task ids are among `these`."""
+    wanted = pc.SetLookupOptions(pa.array(list(these), pa.string()))
+    return pc.call_function("is_in", [task_ids], wanted).to_numpy()
+
+
+def cell_plans(recipes: pa.ChunkedArray, status: np.ndarray) -> tuple[CellPlan, ...]:
+    """The cells of tasks, in the order of the grid, each with its tasks by status."""
+    cells = Codes.of(recipes)
+    counts = np.bincount(cells.codes * len(STATUSES) + status, minlength=len(cells.values) * len(STATUSES))
+    by_cell = counts.reshape(-1, len(STATUSES)).tolist()
+    return tuple(
+        CellPlan(Cell.from_json(recipe), Counter({s: n for s, n in zip(STATUSES, found, strict=True) if n}))
+        for recipe, found in zip(cells.values, by_cell, strict=True)
+    )
 
 
 def missing_denses(store: Store, shards: Iterable[Shard]) -> tuple[Dense, ...]:
@@ -144,13 +204,14 @@ def missing_denses(store: Store, shards: Iterable[Shard]) -> tuple[Dense, ...]:
 
 def plan_of_spec(store: Store, spec: SweepSpec, document: Document) -> Plan:
     """The plan of a spec that has not been recorded yet."""
-    return make_plan(store, spec, planned(spec, document))
+    batches = (batch.select(PLAN_COLUMNS) for batch in plan_batches(planned(spec, document)))
+    return make_plan(store, spec, pa.Table.from_batches(batches))
 
 
 def plan_of_sweep(store: Store, manifest: Manifest, only: frozenset[str] | None = None) -> Plan:
     """The plan of a recorded sweep: its tasks come from the store, nothing is expanded again."""
     spec = load_spec(Document(manifest.sweep, store.spec_text(manifest)))
-    return make_plan(store, spec, planned_tasks(store.plan_table(manifest)), only)
+    return make_plan(store, spec, store.plan_table(manifest, PLAN_COLUMNS), only)
 
 
 @dataclass(frozen=True)
@@ -169,6 +230,11 @@ def estimate(store: Store, plan: Plan) -> Cost:
         " where status = 'done' group by all"
     ).fetchall()
     known = {line[:3]: line[3] for line in lines}
-    cells = [task.cell for shard in plan.shards for task in shard.tasks]
-    seconds = [known.get((c.dense.model, c.dense.dataset, c.retrain.recipe_id)) for c in cells]
-    return Cost(sum(s for s in seconds if s is not None), sum(s is None for s in seconds))
+    seconds, unknown = 0.0, 0
+    for shard in plan.shards:
+        cell = shard.tasks[0].cell
+        one = known.get((cell.dense.model, cell.dense.dataset, cell.retrain.recipe_id))
+        seconds, unknown = (
+            (seconds, unknown + len(shard.tasks)) if one is None else (seconds + one * len(shard.tasks), unknown)
+        )
+    return Cost(seconds, unknown)

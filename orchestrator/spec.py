@@ -150,7 +150,8 @@ class Retraining(Training):
 
 
 class Resources(Strict):
-    """What a shard gets, and how many run at once. `gpus: auto` is 1 where the cluster has any.
+    """What a shard gets, and how many run at once. `gpus: auto` is 1 where the cluster has any;
+    `candidates_per_shard: auto` grows with the grid (`plan.block_size`).
 
     A task over `task_minutes`, or a worker over `memory_gb`, ends its process, not the sweep. What takes
     longer than `checkpoint_minutes` is checkpointed that often.
@@ -159,7 +160,7 @@ class Resources(Strict):
     workers: Count | Literal["auto"] = "auto"
     cpus: Annotated[Number, Field(gt=0)] = 1
     gpus: Number | Literal["auto"] = "auto"
-    candidates_per_shard: Count = 8
+    candidates_per_shard: Count | Literal["auto"] = "auto"
     task_minutes: Annotated[Number, Field(gt=0)] | None = None
     memory_gb: Annotated[Number, Field(gt=0)] | None = None
     checkpoint_minutes: Annotated[Number, Field(gt=0)] = 10

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -62,3 +62,14 @@ def without_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 def join_id(*parts: object) -> str:
     """16 hex digits over `a/b/c`: the ids of candidates and tasks, hashed millions at a time."""
     return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def join_ids(first: str, rest: Iterable[str]) -> list[str]:
+    """`join_id(first, one)` for each of `rest`; what they share is hashed once."""
+    start = hashlib.sha256(f"{first}/".encode())
+    ids: list[str] = []
+    for one in rest:
+        made = start.copy()
+        made.update(one.encode())
+        ids.append(made.hexdigest()[:16])
+    return ids

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from storage.records import Cell, Task
+from storage.records import Cell, Shard, Task, Tasks
 
 PLAN_SCHEMA = pa.schema(
     [
@@ -34,6 +37,13 @@ PLAN_SCHEMA = pa.schema(
         ("seed", pa.int64()),
     ]
 )
+_OWN = {"position", "task_id", "candidate_id", "candidate", "seed"}
+COMMON = [name for name in PLAN_SCHEMA.names if name not in _OWN]
+"""What the tasks of a shard have in common."""
+
+REPEATING = ("shard", "recipe")
+"""Of those, what a plan is made from."""
+
 _BATCH = 8192
 
 
@@ -57,22 +67,63 @@ class PlannedTask:
     task: Task
 
 
-def plan_batches(planned: Iterable[PlannedTask]) -> Iterator[pa.RecordBatch]:
+def plan_content(planned: Iterable[Shard | PlannedTask]) -> bytes:
+    """The tasks as a Parquet file."""
+    buffer = io.BytesIO()
+    dictionary: Any = COMMON  # pyarrow's stubs know of a bool only
+    with pq.ParquetWriter(buffer, PLAN_SCHEMA, compression="zstd", use_dictionary=dictionary) as writer:
+        for batch in plan_batches(planned):
+            writer.write_batch(batch)
+    return buffer.getvalue()
+
+
+def plan_batches(planned: Iterable[Shard | PlannedTask]) -> Iterator[pa.RecordBatch]:
     """The tasks as record batches of PLAN_SCHEMA; a million tasks never are in memory at once."""
-    rest, position = iter(planned), 0
-    while chunk := list(islice(rest, _BATCH)):
-        yield pa.RecordBatch.from_pylist([_line(position + k, one) for k, one in enumerate(chunk)], schema=PLAN_SCHEMA)
-        position += len(chunk)
+    position, chunk, size = 0, list[Shard](), 0
+    for shard in _pieces(planned):
+        chunk.append(shard)
+        size += len(shard.tasks)
+        if size >= _BATCH:
+            yield _batch(position, chunk)
+            position, chunk, size = position + size, [], 0
+    if chunk:
+        yield _batch(position, chunk)
 
 
-def _line(position: int, planned: PlannedTask) -> dict[str, object]:
-    task, cell = planned.task, planned.task.cell
+def _pieces(planned: Iterable[Shard | PlannedTask]) -> Iterator[Shard]:
+    """Shards of at most _BATCH tasks."""
+    for one in planned:
+        if isinstance(one, PlannedTask):
+            yield Shard(one.shard, (one.task,))
+        else:
+            yield from (Shard(one.shard_id, one.tasks[k : k + _BATCH]) for k in range(0, len(one.tasks), _BATCH))
+
+
+def _batch(position: int, shards: Sequence[Shard]) -> pa.RecordBatch:
+    """One line per task: what its shard's tasks have in common, its numbers, its ids."""
+    tasks = [Tasks.of(shard.tasks) for shard in shards]
+    own = {
+        "position": range(position, position + sum(map(len, tasks))),
+        "task_id": chain.from_iterable(one.ids() for one in tasks),
+        "candidate_id": chain.from_iterable(one.candidate_ids() for one in tasks),
+        "candidate": chain.from_iterable(one.numbers[::2] for one in tasks),
+        "seed": chain.from_iterable(one.numbers[1::2] for one in tasks),
+    }
+    common = [_common(shard.shard_id, one.cell) for shard, one in zip(shards, tasks, strict=True)]
+    which = pa.array([i for i, one in enumerate(tasks) for _ in range(len(one))])
+    return pa.record_batch(
+        [
+            pa.array(own[name], kind) if name in own else pa.array([one[name] for one in common], kind).take(which)
+            for name, kind in zip(PLAN_SCHEMA.names, PLAN_SCHEMA.types, strict=True)
+        ],
+        schema=PLAN_SCHEMA,
+    )
+
+
+def _common(shard: str, cell: Cell) -> dict[str, object]:
     return {
-        "position": position,
-        "shard": planned.shard,
-        "task_id": task.task_id,
+        "shard": shard,
         "cell_id": cell.cell_id,
-        "candidate_id": task.candidate_id,
         "model": cell.dense.model,
         "dataset": cell.dense.dataset,
         "dense_id": cell.dense.dense_id,
@@ -86,8 +137,6 @@ def _line(position: int, planned: PlannedTask) -> dict[str, object]:
         "precision": cell.precision,
         "recipe_id": cell.retrain.recipe_id,
         "recipe": cell.json,
-        "candidate": task.candidate,
-        "seed": task.seed,
     }
 
 

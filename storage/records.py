@@ -8,10 +8,12 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from itertools import groupby
+from struct import Struct
+from typing import Any, overload
 
 from storage.identity import (
     CELL_DEFAULTS,
@@ -20,6 +22,7 @@ from storage.identity import (
     canonical_json,
     digest,
     join_id,
+    join_ids,
     without_defaults,
 )
 
@@ -180,6 +183,59 @@ class Task:
         return join_id(self.cell.cell_id, self.candidate)
 
 
+_PAIR = Struct("=qq")
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks(Sequence[Task]):
+    """Tasks of one cell as (candidate, seed) pairs, 16 bytes each; a task is made when it is asked for."""
+
+    cell: Cell
+    pairs: bytes
+
+    @staticmethod
+    def of(tasks: Sequence[Task]) -> Tasks:
+        """`tasks`, of which there are some, in this form."""
+        if isinstance(tasks, Tasks):
+            return tasks
+        return Tasks.from_pairs(tasks[0].cell, ((task.candidate, task.seed) for task in tasks))
+
+    @staticmethod
+    def from_pairs(cell: Cell, pairs: Iterable[tuple[int, int]]) -> Tasks:
+        return Tasks(cell, b"".join(_PAIR.pack(candidate, seed) for candidate, seed in pairs))
+
+    def ids(self) -> list[str]:
+        """Their task ids."""
+        return join_ids(self.cell.cell_id, (f"{candidate}/{seed}" for candidate, seed in _PAIR.iter_unpack(self.pairs)))
+
+    def candidate_ids(self) -> list[str]:
+        """Their candidate ids; tasks of one candidate that follow each other have it hashed once."""
+        each = [(candidate, len(list(same))) for candidate, same in groupby(self.numbers[::2])]
+        ids = join_ids(self.cell.cell_id, (str(candidate) for candidate, _ in each))
+        return [one for one, (_, times) in zip(ids, each, strict=True) for _ in range(times)]
+
+    @property
+    def numbers(self) -> memoryview:
+        """candidate, seed, candidate, seed, ..."""
+        return memoryview(self.pairs).cast("q")
+
+    def __len__(self) -> int:
+        return len(self.pairs) // _PAIR.size
+
+    def __iter__(self) -> Iterator[Task]:
+        return (Task(self.cell, candidate, seed) for candidate, seed in _PAIR.iter_unpack(self.pairs))
+
+    @overload
+    def __getitem__(self, at: int) -> Task: ...
+    @overload
+    def __getitem__(self, at: slice) -> Tasks: ...
+    def __getitem__(self, at: int | slice) -> Task | Tasks:
+        places = range(len(self))[at]
+        if isinstance(places, int):
+            return Task(self.cell, *_PAIR.unpack_from(self.pairs, places * _PAIR.size))
+        return Tasks.from_pairs(self.cell, (_PAIR.unpack_from(self.pairs, i * _PAIR.size) for i in places))
+
+
 @dataclass(frozen=True)
 class Shard:
     """The unit of scheduling: tasks of one cell, or, with `dense`, one dense model to train.
@@ -188,7 +244,7 @@ class Shard:
     """
 
     shard_id: str
-    tasks: tuple[Task, ...] = ()
+    tasks: Sequence[Task] = ()
     dense: Dense | None = None
     keep: str = "none"
     block: int = 1
@@ -214,11 +270,11 @@ class Shard:
         return "fp32" if self.dense else self.tasks[0].cell.precision
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the wire: the cell once, then its (candidate, seed) pairs."""
+        """Plain data for the wire, all of it immutable: the cell once, then its (candidate, seed) pairs."""
         return {
             "shard_id": self.shard_id,
             "cell": self.tasks[0].cell.json if self.tasks else None,
-            "tasks": [[task.candidate, task.seed] for task in self.tasks],
+            "tasks": Tasks.of(self.tasks).pairs if self.tasks else b"",
             "dense": self.dense.to_dict() if self.dense else None,
             "keep": self.keep,
             "block": self.block,
@@ -227,7 +283,7 @@ class Shard:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Shard:
         cell = Cell.from_json(data["cell"]) if data["cell"] else None
-        tasks = tuple(Task(cell, c, s) for c, s in data["tasks"]) if cell else ()
+        tasks = tuple(Tasks(cell, data["tasks"])) if cell else ()
         dense = Dense.from_dict(data["dense"]) if data["dense"] else None
         return Shard(data["shard_id"], tasks, dense, data["keep"], data["block"])
 

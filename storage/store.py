@@ -6,10 +6,9 @@ No server and no lock: files are written whole under names nobody else uses, and
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +22,8 @@ from pyarrow import fs as pafs
 from storage.commit import again, commit, patiently, replace
 from storage.errors import QueryError, StoreError
 from storage.identity import SWEEP_NAME
-from storage.manifest import PLAN_SCHEMA, Manifest, PlannedTask, plan_batches
-from storage.records import Row, utc_now
+from storage.manifest import PLAN_SCHEMA, REPEATING, Manifest, PlannedTask, plan_content
+from storage.records import Row, Shard, utc_now
 from storage.rowfiles import Compaction, Problem, compact, parquet, set_aside, valid_rows
 from storage.schema import rows_to_table
 from storage.scratch import Scratch
@@ -225,13 +224,9 @@ class Store:
 
     # -- sweeps -----------------------------------------------------------------------------------
 
-    def write_manifest(self, name: str, spec: str, tasks: Iterable[PlannedTask]) -> Manifest:
+    def write_manifest(self, name: str, spec: str, tasks: Iterable[Shard | PlannedTask]) -> Manifest:
         """Record an expansion: the spec as given and its tasks. The same one again is kept as it is."""
-        buffer = io.BytesIO()
-        with pq.ParquetWriter(buffer, PLAN_SCHEMA, compression="zstd") as writer:
-            for batch in plan_batches(tasks):
-                writer.write_batch(batch)
-        content = buffer.getvalue()
+        content = plan_content(tasks)
         found = hashlib.sha256(spec.encode() + content).hexdigest()[:8]
         newest = self.manifest(name)
         if newest and newest.stem.endswith(f"-{found}"):
@@ -279,12 +274,15 @@ class Store:
         """The spec of an expansion, as given (with its --set overrides applied)."""
         return self.read(f"sweeps/{manifest.sweep}/{manifest.stem}.yaml").decode()
 
-    def plan_table(self, manifest: Manifest) -> pa.Table:
-        """The tasks of an expansion, one line each, in order, of PLAN_SCHEMA."""
+    def plan_table(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
+        """The tasks of an expansion, one line each, in order, of PLAN_SCHEMA; or some of its columns, and then
+        those whose strings repeat as dictionaries."""
         name = f"sweeps/{manifest.sweep}/{manifest.stem}.parquet"
+        wanted, repeating = list(columns or PLAN_SCHEMA.names), list(REPEATING) if columns else []
         try:
-            file = pq.ParquetFile(io.BytesIO(self.read(name)), page_checksum_verification=True)
-            return file.read().select(PLAN_SCHEMA.names)
+            content = pa.BufferReader(self.read(name))
+            file = pq.ParquetFile(content, page_checksum_verification=True, read_dictionary=repeating)
+            return file.read(wanted).select(wanted)
         except _READ_ERRORS as error:
             raise StoreError(f"cannot read {self.location}/{name}: {error}") from error
 

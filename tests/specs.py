@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow as pa
+
 from orchestrator import expand
 from orchestrator.documents import Document
 from orchestrator.plan import planned
 from orchestrator.spec import load_spec
-from storage.manifest import PlannedTask
+from storage.manifest import plan_batches
 from storage.records import Task
 
 GRID: dict[str, Any] = {"model": "lenet5_mini", "dataset": "synthetic", "layers": "conv1", "ratio": 0.2}
@@ -33,6 +35,6 @@ def ids(document: Document) -> list[str]:
     return [task.task_id for task in tasks(document)]
 
 
-def plan_of(document: Document) -> list[PlannedTask]:
-    """Every task with its shard."""
-    return list(planned(load_spec(document), document))
+def plan_of(document: Document) -> pa.Table:
+    """Every task with its shard, as a manifest has them."""
+    return pa.Table.from_batches(plan_batches(planned(load_spec(document), document)))

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import cli
+from orchestrator.plan import planned
+from orchestrator.spec import load_spec
 from storage.store import Store
 from tests import rows, specs
 
@@ -37,7 +39,7 @@ def results(here: Path) -> Path:
     """A working directory with a store: the sweep `made`, two of its three candidates done."""
     document = specs.document(candidates={"mode": "sample", "count": 3})
     store = Store(here / "results")
-    store.write_manifest("made", document.text(), specs.plan_of(document))
+    store.write_manifest("made", document.text(), planned(load_spec(document), document))
     tasks = specs.tasks(document)[:2]
     measured = [{"pruned_train_loss": float(i), "best_test_accuracy": 1.0 - i / 4} for i in range(2)]
     store.commit_rows("made", [rows.done(task, **m) for task, m in zip(tasks, measured, strict=True)])

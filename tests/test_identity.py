@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from storage.identity import CELL_DEFAULTS, RECIPE_DEFAULTS, canonical_json, digest, without_defaults
-from storage.records import Cell, Dense, Recipe, Row, Task, row_for
+from storage.records import Cell, Dense, Recipe, Row, Shard, Task, Tasks, row_for
 from tests.rows import DENSE, L1, ORACLE, SAMPLED, any_tasks, cells
 
 GOLDEN = {
@@ -209,3 +210,16 @@ def test_a_row_alone_rebuilds_its_task(task: Task) -> None:
     assert (row.task_id, row.cell_id, row.candidate_id) == (again.task_id, again.cell.cell_id, again.candidate_id)
     assert (row.dense_id, row.recipe_id) == (again.cell.dense.dense_id, again.cell.retrain.recipe_id)
     assert tuple(zip(row.layers, row.ratios, strict=True)) == again.cell.layers
+
+
+@given(any_tasks(), st.lists(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))), st.slices(5))
+def test_many_tasks_are_as_the_single_ones(first: Task, numbers: list[tuple[int, int]], part: slice) -> None:
+    """Tasks kept as numbers have the ids, the order and the parts of tasks kept one by one, and travel so."""
+    singly = [first, *(Task(first.cell, candidate, seed) for candidate, seed in numbers)]
+    tasks = Tasks.of(singly)
+    assert list(tasks) == singly and [tasks[i] for i in range(len(tasks))] == singly and tasks[-1] == singly[-1]
+    assert tasks.ids() == [task.task_id for task in singly]
+    assert tasks.candidate_ids() == [task.candidate_id for task in singly]
+    assert list(tasks[part]) == singly[part]
+    shard = Shard("s", tasks, keep="best", block=8)
+    assert Shard.from_dict(shard.to_dict()) == replace(shard, tasks=tuple(singly))

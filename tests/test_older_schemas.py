@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.documents import Document
 from orchestrator.plan import check, plan_of_sweep, planned
-from storage.manifest import planned_tasks
+from storage.manifest import PlannedTask, planned_tasks
 from storage.records import Row
 from storage.schema import REQUIRED, SCHEMA, table_to_rows
 from storage.store import Store
@@ -139,7 +139,7 @@ def test_its_spec_still_means_the_same(store: Store) -> None:
     """Expanding it again gives the tasks and shards that were recorded: nothing that is done is run again."""
     manifest = store.newest("old")
     document = Document("old.yaml", store.spec_text(manifest))
-    again = list(planned(check(document), document))
+    again = [PlannedTask(s.shard_id, task) for s in planned(check(document), document) for task in s.tasks]
     assert again == list(planned_tasks(store.plan_table(manifest)))
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,26 +49,27 @@ TWO_CELLS = {"ratio": [0.1, 0.2], "seed": [0, 1]}
 def test_packing_is_a_partition(block: int, draw: random.Random, share: float) -> None:
     """Every unfinished task is in exactly one shard, and a shard is of one cell and one block of candidates."""
     document = specs.document(TWO_CELLS, resources={"candidates_per_shard": block})
-    unfinished = [one for one in specs.plan_of(document) if draw.random() < share]
-    shards = pack(unfinished, {})
-    assert Counter(tasks_of(shards)) == Counter(one.task.task_id for one in unfinished)
+    whole = specs.plan_of(document)
+    unfinished = whole.filter(pa.array([draw.random() < share for _ in range(len(whole))]))
+    shards = pack(unfinished, {}, block)
+    assert tasks_of(shards) == unfinished["task_id"].to_pylist()
     assert len({shard.shard_id for shard in shards}) == len(shards)
     for shard in shards:
         assert len({task.cell.cell_id for task in shard.tasks}) == 1
         assert len({task.candidate // block for task in shard.tasks}) == 1
-    assert {shard.shard_id for shard in shards} == {one.shard for one in unfinished}
+    assert {shard.shard_id for shard in shards} == set(unfinished["shard"].to_pylist())
 
 
 def test_shards_are_full() -> None:
     """No more shards than blocks of candidates: 10 and 45 candidates in blocks of 8 are 2 and 6 shards."""
-    shards = pack(specs.plan_of(specs.document(TWO_CELLS, resources={"candidates_per_shard": 8})), {})
+    shards = pack(specs.plan_of(specs.document(TWO_CELLS, resources={"candidates_per_shard": 8})), {}, 8)
     assert [len(shard.tasks) for shard in shards] == [16, 4, 16, 16, 16, 16, 16, 10]
 
 
 def test_a_shard_keeps_what_its_recipe_says() -> None:
     """`retrain.keep` reaches the shards of its own recipe, and no others."""
     document = specs.document(retrain=[specs.TRAINING | {"keep": "best"}, specs.TRAINING | {"epochs": 2}])
-    shards = pack(specs.plan_of(document), expand.keeps(load_spec(document).retrain))
+    shards = pack(specs.plan_of(document), expand.keeps(load_spec(document).retrain), 8)
     assert {(shard.tasks[0].cell.retrain.epochs, shard.keep) for shard in shards} == {(1, "best"), (2, "none")}
 
 
@@ -175,7 +176,7 @@ def test_planned_tasks_know_their_shard() -> None:
     """The plan names each task's shard by its block of candidates, the same for every seed."""
     document = specs.document(TWO_CELLS, resources={"candidates_per_shard": 4})
     found: dict[tuple[str, int], set[str]] = {}
-    for one in specs.plan_of(document):
-        found.setdefault((one.task.cell.cell_id, one.task.candidate // 4), set()).add(one.shard)
+    for one in specs.plan_of(document).to_pylist():
+        found.setdefault((one["cell_id"], one["candidate"] // 4), set()).add(one["shard"])
     assert all(len(names) == 1 for names in found.values())
     assert len(found) == 3 + 12

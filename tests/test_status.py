@@ -199,14 +199,30 @@ def test_a_note_that_is_none_is_passed_over(store: Store) -> None:
         assert len(standing(store, "mini", "driver").drivers) == 1
 
 
-def test_a_worker_as_it_is(store: Store) -> None:
+def test_a_worker_as_it_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real worker's task is running while it is at it, and its failure is not over before its row is there."""
+    monkeypatch.setattr("workers.pulse.NOTE_SECONDS", 0)
     with Pulse(store, "d", Limits()) as pulse:
         assert counts(store) == [(8, 4, 2, 0, 2)]
         for task in (A[5], B[0]):
             with pulse.at("s2", task.task_id):
                 assert counts(store) == [(8, 4, 2 - (task is B[0]), 1, 2 - (task is A[5]))]
     assert counts(store) == [(8, 4, 2, 0, 2)]
+
+
+def test_a_task_that_lasts_is_shown_and_one_that_does_not_may_not_be(store: Store) -> None:
+    """The second task of a shard that begins at once is not written down, unless it still runs at the next tick."""
+    with Pulse(store, "d", Limits()) as pulse:
+        for task in A[:2]:
+            with pulse.at("s0", task.task_id):
+                assert _shown(store) == ("s0", A[0].task_id)
+        with pulse.at("s0", A[2].task_id):
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and _shown(store)[1] != A[2].task_id:
+                time.sleep(0.05)
+            assert _shown(store) == ("s0", A[2].task_id)
+        with pulse.at("s1", A[3].task_id):
+            assert _shown(store) == ("s1", A[3].task_id)
 
 
 def test_a_worker_that_has_ended_its_shard_soon_shows_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
