@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import workers.training
-from storage.records import Cell, Dense, Recipe, Row, Shard, Task
+from storage.records import Cell, Dense, Execution, Recipe, Row, Shard, Task
 from storage.schema import PROVENANCE, SCHEMA, rows_to_table, table_to_rows
 from storage.store import Store
 from workers.checkpoints import (
@@ -87,13 +87,13 @@ def stopping(monkeypatch: pytest.MonkeyPatch, pulse: Pulse, after: int) -> None:
     monkeypatch.setattr(workers.training, "_step", counted)
 
 
-def run_until_stopped(store: Store, shard: Shard, after: int) -> list[Row]:
+def run_until_stopped(store: Store, shard: Shard, after: int, fixed: Execution | None = None) -> list[Row]:
     """Run a shard in a fresh worker that is asked to stop after so many steps."""
     with pytest.MonkeyPatch.context() as patch, Pulse(store, "driver", Limits()) as pulse:
         stopping(patch, pulse, after)
         rows: list[Row] = []
         try:
-            rows.extend(Worker(store, "none", pulse=pulse).run_shard(shard))
+            rows.extend(Worker(store, "none", pulse=pulse, fixed=fixed).run_shard(shard))
         except Stopped:
             assert pulse.stop.is_set()
         return rows

@@ -173,19 +173,38 @@ Network* make(const Layer* layers, int64_t depth, int64_t parameters) {
 inline lanes rectified(lanes v) { return v < 0 ? lanes{} : v; }
 inline lanes larger(lanes a, lanes b) { return (b > a) | (b != b) ? b : a; }
 
+// One of the four steps that turn sixteen samples' sixteen numbers into sixteen vectors of a number each.
+inline void interleave(const lanes* from, lanes* to) {
+#ifdef __clang__
+#define WOVEN(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+    typedef decltype(lanes{} < lanes{}) places;
+#define WOVEN(a, b, ...) __builtin_shuffle(a, b, places{__VA_ARGS__})
+#endif
+    for (int i = 0; i < LANES / 2; i++) {
+        const lanes a = from[i], b = from[i + LANES / 2];
+        to[2 * i] = WOVEN(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        to[2 * i + 1] = WOVEN(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+}
+
+// Samples into lanes; the lanes after `count` are zero.
 void gather(const Network& net, const real* images, const int64_t* samples, int64_t count) {
     const int64_t size = net.layers[0].inputs();
-    real* to = (real*)net.input;
-    for (int64_t start = 0; start < size; start += 16)  // a stretch of every sample: its lines are used whole
+    int64_t start = 0;
+    for (; start + LANES <= size; start += LANES) {
+        lanes a[LANES], b[LANES];
         for (int lane = 0; lane < LANES; lane++) {
-            const int64_t end = start + 16 < size ? start + 16 : size;
-            if (lane >= count) {
-                for (int64_t i = start; i < end; i++) to[i * LANES + lane] = 0;
-                continue;
-            }
-            const real* from = images + samples[lane] * size;
-            for (int64_t i = start; i < end; i++) to[i * LANES + lane] = from[i];
+            if (lane < count)
+                memcpy((void*)(a + lane), images + samples[lane] * size + start, sizeof(lanes));
+            else
+                a[lane] = lanes{};
         }
+        interleave(a, b), interleave(b, a), interleave(a, b), interleave(b, net.input + start);
+    }
+    for (; start < size; start++)
+        for (int lane = 0; lane < LANES; lane++)
+            net.input[start][lane] = lane < count ? images[samples[lane] * size + start] : 0;
 }
 
 void forward(const Network& net, const real* parameters) {
