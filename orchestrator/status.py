@@ -59,7 +59,8 @@ def standing(store: Store, sweep: str, by: str, report: Callable[[Problem], None
     """How a sweep stands, by one of BY. Raises QueryError for a sweep that is not there."""
     store.newest(sweep)
     at_work = [_driver(note) for note in drivers(store, sweep)]
-    running = sorted({str(note["task"]) for note in living(store, "workers").values() if note.get("task")})
+    notes = living(store, "workers").values()
+    running = sorted({str(task) for note in notes for task in [note.get("task"), *note.get("fleet", [])] if task})
     with connection(store, report) as con:
         con.register("running", pa.table({"task_id": running}, schema=RUNNING_SCHEMA))
         now = _NOW.format(sweep=quoted(sweep))

@@ -65,10 +65,10 @@ class Odd(nn.Module):
         return self.fc(torch.flatten(x, 1))
 
 
-def made(build: Callable[[], nn.Module], n: int, dtype: torch.dtype = torch.float64) -> list[nn.Module]:
-    """So many networks of one shape, each with weights of its own."""
+def made(build: Callable[[], nn.Module] | str, n: int, dtype: torch.dtype = torch.float64) -> list[nn.Module]:
+    """So many networks of one shape, each with weights of its own; of a model by its name, or what `build` gives."""
     torch.manual_seed(0)
-    return [build().to(dtype) for _ in range(n)]
+    return [(build_model(build, 10) if isinstance(build, str) else build()).to(dtype) for _ in range(n)]
 
 
 def assert_same_training(many: Backend, networks: Sequence[nn.Module], data: Split, recipe: Recipe = RECIPE) -> None:
@@ -97,7 +97,7 @@ def assert_same_training(many: Backend, networks: Sequence[nn.Module], data: Spl
 @pytest.mark.parametrize("build", [*CHAINS, Odd, network], ids=str)
 def test_compiled_is_eager(build: Any) -> None:
     """Every chain of the registry, and one with odd sizes: the same training in float64."""
-    networks = made(build if callable(build) else lambda: build_model(build, 10), 1)
+    networks = made(build, 1)
     data = random_split(70, dtype=torch.float64)
     assert_same_training(Compiled(copy.deepcopy(networks[0]), RECIPE, IMAGE), networks, data)
 
@@ -224,7 +224,7 @@ def test_a_fleet_of_any_size_is_eager(size: int) -> None:
 @pytest.mark.parametrize("build", [*CHAINS, "lenet5_wider_linear_nomaxpool", Normed, Odd], ids=str)
 def test_every_model_is_a_fleet(build: Any) -> None:
     """Every model of the registry, and what they do not have: batch norm with running statistics, dropout."""
-    networks = made(build if callable(build) else lambda: build_model(build, 10), 2)
+    networks = made(build, 2)
     fleet = Fleet(copy.deepcopy(networks), RECIPE, accelerator())
     assert_same_training(fleet, networks, random_split(60, dtype=torch.float64))
 
@@ -258,7 +258,8 @@ class Slow(nn.Module):
         self.fc = nn.Linear(1024, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.ctc_loss(self.fc(x.flatten(1)).log_softmax(1)[:, None], torch.ones(1, 1).long(), (len(x),), (1,))
+        lengths = torch.tensor([len(x)]), torch.tensor([1])
+        return F.ctc_loss(self.fc(x.flatten(1)).log_softmax(1)[:, None], torch.ones(1, 1).long(), *lengths)
 
 
 def test_a_silent_slow_path_is_an_error() -> None:
@@ -369,7 +370,7 @@ def test_the_fleet_halves_until_it_fits(trained: Store, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Fleet, "step", short)
     monkeypatch.setattr(Worker, "_has_accelerator", lambda _: True)
-    monkeypatch.setattr("workers.backends._compiled_or_serial", lambda *given: _fleet_or_serial(*given[:4], 6))
+    monkeypatch.setattr("workers.backends._compiled_or_serial", lambda n, b, r, a, _: _fleet_or_serial(n, b, r, a, 6))
     monkeypatch.setattr("workers.backends.WINS_BY", 0.0)
     store = copy_of(trained)
     rows = list(Worker(store, "none").run_shard(Shard("s0", TASKS[:8], block=6)))
