@@ -150,6 +150,19 @@ def _libraries() -> Iterator[Check]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
     yield "GPUs", OK, names or "none; workers run on the processors, one thread each"
+    yield _compiled()
+
+
+def _compiled() -> Check:
+    import torch
+
+    from workers.compiled import NoCompiler, compiler, library
+
+    try:
+        library(torch.float32)
+    except NoCompiler as error:
+        return "compiler", WARN, f"{error}; with one, small networks train several times faster on a processor"
+    return "compiler", OK, f"{compiler()[1]}: small networks train on a processor by code it has built"
 
 
 def _store(location: str) -> Iterator[Check]:

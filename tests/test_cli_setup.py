@@ -61,6 +61,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert code == 0
     assert lines["store"]["result"] == "ok" and lines["torch"]["result"] == "ok"
     assert lines["data mnist"]["result"] == "warn" and "prunesweep prefetch mnist" in lines["data mnist"]["what"]
+    assert lines["compiler"]["result"] == "ok" and "small networks train" in lines["compiler"]["what"]
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     code, out, _ = run(capsys, "doctor", "--store", str(tmp_path / "file" / "x"), "-f", "json")
