@@ -116,7 +116,7 @@ def arithmetic(execution: Execution) -> Iterator[None]:
     torch.set_num_threads(execution.threads)
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(True)
+    _use_deterministic_algorithms(True)
     cudnn.benchmark, cudnn.allow_tf32 = False, False
     try:
         yield
@@ -124,5 +124,13 @@ def arithmetic(execution: Execution) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_default_dtype(default)
         torch.set_float32_matmul_precision(products)
-        torch.use_deterministic_algorithms(deterministic)
+        _use_deterministic_algorithms(deterministic)
         cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32
+
+
+def _use_deterministic_algorithms(mode: bool) -> None:
+    """torch.use_deterministic_algorithms without a setting of its compiler, which we do not use: importing
+    that takes every worker some seconds."""
+    import torch
+
+    torch._C._set_deterministic_algorithms(mode, warn_only=False)  # pyright: ignore[reportAttributeAccessIssue]
