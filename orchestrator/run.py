@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from orchestrator.account import Account
@@ -11,7 +12,17 @@ from orchestrator.cluster import check_reachable, connected
 from orchestrator.documents import Document
 from orchestrator.drivers import Driver, heeding_signals
 from orchestrator.expand import keeps
-from orchestrator.plan import Plan, check, check_data, check_room, plan_of_sweep, planned
+from orchestrator.plan import (
+    STATUSES,
+    Plan,
+    check,
+    check_data,
+    check_room,
+    is_in,
+    plan_of_sweep,
+    planned,
+    statuses_of,
+)
 from orchestrator.progress import progress, say, some
 from orchestrator.queue import Queue
 from storage.errors import StoreError
@@ -96,8 +107,8 @@ def with_resources(options: Options, wanted: Resources) -> Options:
 def finish(store: Store) -> None:
     """What every run does at its end: remove what is left over, merge the row files."""
     try:
-        statuses = store.statuses()
-        tidy(store, lambda task_id: statuses.get(task_id) == "done")
+        statuses = cache(store.statuses)  # asked for only where a checkpoint was left
+        tidy(store, lambda task_id: statuses().get(task_id) == "done")
         for problem in store.compact().aside:
             say(f"set aside {problem.file}: {problem.reason}")
     except StoreError as error:  # every row is committed: no reason to call the run a failure
@@ -133,12 +144,12 @@ def say_what_is_not_kept(store: Store, plan: Plan, sweep: str) -> None:
 
 def outcome(store: Store, manifest: Manifest, problems: list[str], only: frozenset[str] | None) -> Outcome:
     """The sweep as the store has it now, or those of its tasks that were asked for."""
-    statuses = store.statuses()
-    counts = {"done": 0, "failed": 0, "pending": 0}
-    for task_id in store.plan_table(manifest)["task_id"].to_pylist():
-        if only is None or task_id in only:
-            counts[statuses.get(task_id, "pending")] += 1
-    return Outcome(manifest.sweep, counts["done"], counts["failed"], counts["pending"], tuple(problems))
+    task_ids = store.plan_table(manifest, ["task_id"])["task_id"]
+    status = statuses_of(store, task_ids)
+    if only is not None:
+        status = status[is_in(task_ids, only)]
+    counts = {name: int((status == place).sum()) for place, name in enumerate(STATUSES)}
+    return Outcome(manifest.sweep, **counts, problems=tuple(problems))
 
 
 def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:

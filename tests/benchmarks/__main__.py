@@ -20,6 +20,11 @@ BENCHMARKS = {
     "row_bytes": "store",
     "startup": "store",
     "store_curve": "store",
+    "orchestration": "orchestration",
+    "driver_memory": "orchestration",
+    "expansion": "orchestration",
+    "resume_plan": "orchestration",
+    "orchestration_curve": "orchestration",
 }
 
 

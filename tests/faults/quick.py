@@ -92,7 +92,8 @@ def plant() -> None:
     def run_tasks(tasks: Sequence[Task], worker: Worker, *, keep: str, attempts: Sequence[int]) -> list[Row]:
         (task,), (attempt,) = tasks, attempts
         misbehave(poison.get(task.candidate, ""))
-        time.sleep(seconds)
+        if seconds:
+            time.sleep(seconds)
         row = quick_row(task, attempt)
         return [replace(row, diverged=True, best_test_accuracy=None) if poison.get(task.candidate) == "nan" else row]
 
