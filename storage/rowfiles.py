@@ -9,7 +9,6 @@ vanishes while it is read, or a compaction that ends meanwhile, makes the reader
 
 from __future__ import annotations
 
-import io
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,19 +17,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from storage.encoding import ORIGIN, parquet, rows_of
 from storage.errors import StoreError
 from storage.identity import SCHEMA_VERSION
-from storage.schema import SCHEMA, conform
+from storage.schema import SCHEMA
 
 if TYPE_CHECKING:
     from storage.store import Store
 
 T = TypeVar("T")
-
-ORIGIN = "file"
-"""The column of a compacted file that names the file each row was committed in."""
 
 ROW_FILES_SCHEMA = SCHEMA.append(pa.field(ORIGIN, pa.string()))
 COMPACTED = "compact-"
@@ -86,10 +82,14 @@ def is_compacted(name: str) -> bool:
     return name.removeprefix("rows/").startswith(COMPACTED)
 
 
-def valid_rows(store: Store) -> tuple[pa.Table, list[Problem]]:
-    """Every valid row once, with its origin, in ROW_FILES_SCHEMA; and the files that have none."""
-    listing = look(store, _all, lambda name: row_file(store, name))
-    return pa.concat_tables([ROW_FILES_SCHEMA.empty_table(), *counted_once(listing.tables).values()]), listing.problems
+def valid_rows(store: Store, columns: Sequence[str] | None = None) -> tuple[pa.Table, list[Problem]]:
+    """Every valid row once, all columns or some, then its origin; and the files that have none."""
+    listing = look(store, _all, lambda name: row_file(store, name, columns))
+    schema = pa.schema(
+        [ROW_FILES_SCHEMA.field(name) for name in [*(SCHEMA.names if columns is None else columns), ORIGIN]]
+    )
+    tables = counted_once(listing.tables).values()
+    return pa.concat_tables([pa.Table.from_batches([], schema), *tables]).combine_chunks(), listing.problems
 
 
 def look(store: Store, wanted: Callable[[str], bool], read: Callable[[str], pa.Table | Problem]) -> Listing:
@@ -142,17 +142,12 @@ def row_file(store: Store, name: str, columns: Sequence[str] | None = None) -> p
     """
     content = store.read(name)
     try:
-        # As a whole: the checksum of every page is looked at, not only of those wanted.
-        table = pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True).read()
-        if is_compacted(name) and (ORIGIN not in table.column_names or table[ORIGIN].null_count):
-            raise ValueError(f"no column {ORIGIN}")
-        origin = table[ORIGIN].cast(pa.string()) if is_compacted(name) else pa.array([name] * len(table), pa.string())
-        whole = conform(table).append_column(ORIGIN, origin)
+        found = rows_of(content, columns, None if is_compacted(name) else name)
     except pa.ArrowMemoryError as error:
         raise StoreError(f"no memory to read {store.location}/{name}") from error
     except (pa.ArrowException, ValueError, OSError, KeyError) as error:
         return Problem(name, str(error).splitlines()[0] if str(error) else type(error).__name__)
-    return whole.select([*columns, ORIGIN]) if columns else whole
+    return found.select([*columns, ORIGIN]) if columns is not None else found
 
 
 class Attempts:
@@ -247,13 +242,6 @@ def _write(store: Store, table: pa.Table) -> None:
     if isinstance(found, Problem) or len(found) != len(table) or back != content:
         store.delete(name)
         raise StoreError(f"{name} did not read back as it was written: nothing was removed")
-
-
-def parquet(table: pa.Table) -> bytes:
-    """`table` as a Parquet file with a checksum on every page."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    return buffer.getvalue()
 
 
 def set_aside(store: Store, problem: Problem) -> Problem:

@@ -6,8 +6,7 @@ Columns are only ever added, and are nullable. Accuracies are fractions in [0, 1
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -126,9 +125,9 @@ def _plain(value: Any) -> Any:
 
 def rows_to_table(rows: Iterable[Row]) -> pa.Table:
     """`rows` as an Arrow table of the pinned schema."""
-    names = [f.name for f in fields(Row)]
-    plain = [{name: _plain(getattr(row, name)) for name in names} for row in rows]
-    return pa.Table.from_pylist(plain, schema=SCHEMA)
+    given = list(rows)
+    columns = [pa.array([_plain(getattr(row, f.name)) for row in given], f.type) for f in SCHEMA]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def table_to_rows(table: pa.Table) -> list[Row]:
@@ -144,8 +143,9 @@ def _row(record: dict[str, Any]) -> Row:
     return Row(**known)
 
 
-def conform(table: pa.Table) -> pa.Table:
-    """`table` in the pinned schema: columns it lacks are null, columns beyond it are dropped.
+def conform(table: pa.Table, names: Sequence[str] = SCHEMA.names) -> pa.Table:
+    """`table` in the pinned schema, or some columns of it, the required ones among them: those it lacks are null,
+    those beyond it are dropped.
 
     Raises ValueError for a table that is not of ours: a required column missing or with nulls, an unknown
     status, or one of our names twice or with values of another type.
@@ -153,7 +153,8 @@ def conform(table: pa.Table) -> pa.Table:
     missing = [name for name in REQUIRED if name not in table.column_names]
     if missing:
         raise ValueError(f"no column {', '.join(missing)}")
-    conformed = pa.table([_column(table, field) for field in SCHEMA], schema=SCHEMA)
+    schema = pa.schema([SCHEMA.field(name) for name in names])
+    conformed = pa.Table.from_arrays([_column(table, field) for field in schema], schema=schema)
     empty = [name for name in REQUIRED if conformed[name].null_count]
     if empty:
         raise ValueError(f"column {empty[0]} has nulls")
@@ -167,6 +168,7 @@ def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
     if field.name not in table.column_names:
         return pa.nulls(len(table), field.type)
     try:
-        return table[field.name].cast(field.type)
+        column = table[field.name]
+        return column if column.type == field.type else column.cast(field.type)
     except (KeyError, pa.ArrowException) as error:
         raise ValueError(f"column {field.name}: {error}") from error

@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from storage.commit import again, commit, patiently, replace
+from storage.encoding import parquet
 from storage.errors import QueryError, StoreError
 from storage.identity import SWEEP_NAME
 from storage.manifest import PLAN_SCHEMA, REPEATING, Manifest, PlannedTask, plan_content
 from storage.records import Row, Shard, utc_now
-from storage.rowfiles import Compaction, Problem, compact, parquet, set_aside, valid_rows
+from storage.rowfiles import Compaction, Problem, compact, set_aside, valid_rows
 from storage.schema import rows_to_table
 from storage.scratch import Scratch
 
@@ -202,17 +203,17 @@ class Store:
         """The Parquet files in rows/, sorted by name."""
         return sorted(f"rows/{name}" for name in self.names("rows") if name.endswith(".parquet"))
 
-    def row_files(self) -> tuple[pa.Table, list[Problem]]:
-        """Every valid row once, with the file it was committed in; and the files that have none.
+    def row_files(self, columns: Sequence[str] | None = None) -> tuple[pa.Table, list[Problem]]:
+        """Every valid row once, all columns or some, with the file it was committed in; and the files that have none.
 
         Raises StoreError where a file cannot be read: it may have rows.
         """
-        return valid_rows(self)
+        return valid_rows(self, columns)
 
     def statuses(self) -> dict[str, str]:
         """task id -> done or failed, for every task that has a row."""
         statuses: dict[str, str] = {}
-        table, _ = self.row_files()
+        table, _ = self.row_files(("task_id", "status"))
         for task_id, status in zip(*(table[c].to_pylist() for c in ("task_id", "status")), strict=True):
             if statuses.get(task_id) != "done":
                 statuses[task_id] = status

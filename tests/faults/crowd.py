@@ -104,7 +104,7 @@ def attempts(location: str, commits: int, readers: int) -> list[list[Any]]:
     answers: list[list[Any]] = []
     for seed in range(readers):
         order = random.Random(seed).sample(range(len(found)), len(found))
-        store.row_files = lambda order=order: (found.take(order), problems)
+        store.row_files = lambda columns=None, order=order: (found.take(order), problems)
         counts = "(select count(*) from attempts) as seen, (select count(distinct file) from attempts) as files"
         answers += [list(row.values()) for row in run_query(store, f"select {counts}, host from rows").to_pylist()]
     return answers

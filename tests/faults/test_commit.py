@@ -45,8 +45,8 @@ Seen = dict[str, Any]
 
 
 def one_row() -> bytes:
-    """A row file with one row."""
-    return parquet(rows_to_table([done(TASK)]))
+    """A row file with one row, larger than what is written at once."""
+    return parquet(rows_to_table([done(TASK, kept_network="x" * 20_000)]))
 
 
 def seen(folder: Path) -> Seen:
