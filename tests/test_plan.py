@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator import expand
 from orchestrator.documents import Document
-from orchestrator.plan import Plan, estimate, make_plan, pack, plan_of_spec, plan_of_sweep, planned
+from orchestrator.plan import Plan, block_size, estimate, make_plan, pack, plan_of_spec, plan_of_sweep, planned
 from orchestrator.spec import load_spec
 from storage.records import Shard, Task, row_for
 from storage.store import Store
@@ -64,6 +64,19 @@ def test_shards_are_full() -> None:
     """No more shards than blocks of candidates: 10 and 45 candidates in blocks of 8 are 2 and 6 shards."""
     shards = pack(specs.plan_of(specs.document(TWO_CELLS, resources={"candidates_per_shard": 8})), {}, 8)
     assert [len(shard.tasks) for shard in shards] == [16, 4, 16, 16, 16, 16, 16, 10]
+
+
+def test_shards_grow_with_the_grid() -> None:
+    """Unless their size is given: half the square root of all candidates, a power of two, 8 at least."""
+    auto, given = load_spec(specs.document()), load_spec(specs.document(resources={"candidates_per_shard": 5}))
+    sizes = {n: block_size(auto, n) for n in (1, 100, 1_000, 5_000, 500_000, 10**7)}
+    assert sizes == {1: 8, 100: 8, 1_000: 8, 5_000: 32, 500_000: 256, 10**7: 1024}
+    assert block_size(given, 10**6) == 5
+    candidates = {"mode": "sample", "count": 5_010}
+    document = specs.document({"model": "lenet5", "layers": "conv3"}, candidates=candidates)
+    shards = list(planned(load_spec(document), document))
+    assert {len(shard.tasks) for shard in shards[:-1]} == {32} and {shard.block for shard in shards} == {32}
+    assert sum(len(shard.tasks) for shard in shards) == candidates["count"]
 
 
 def test_a_shard_keeps_what_its_recipe_says() -> None:
