@@ -13,10 +13,12 @@ import pyarrow as pa
 from storage import statistics
 from storage.errors import QueryError
 from storage.records import Cell, titles
-from storage.sql import check_select, connection
+from storage.sql import check_select, quoted, views
 
 if TYPE_CHECKING:
-    from storage.store import Problem, Store
+    from storage.manifest import Manifest
+    from storage.rowfiles import Problem
+    from storage.store import Store
 
 X = "pruned_train_loss"
 Y = "best_test_accuracy"
@@ -50,31 +52,47 @@ def cell_data(
     Raises QueryError for an unknown sweep or column, for bad SQL, and for a cell that mixes rows
     pruned from two different dense networks.
     """
-    store.newest(sweep)
-    with connection(store, report) as con:
-        _check_columns(con, columns)
-        query = f"select * from candidates where ({where or 'true'})"
-        check_select(con, query)
+    grid = _grid(store, store.newest(sweep))
+    query = f"select * from candidates where ({where or 'true'})"
+    wanted = ["cell_id", "candidate", "n_dense", "dense_sha256", *columns]
+    names = ", ".join(_quoted_name(name) for name in dict.fromkeys(wanted))
+    with views(store, report) as found:
         try:
-            found = con.sql(_CELLS.format(query=query), params={"sweep": sweep})
-            lines = found.to_arrow_table().to_pylist()
+            check_select(found.con, query)
+            lines = found.ask(_CHOSEN.format(names=names, query=query, sweep=quoted(sweep)), {*_SCANNED, *columns})
         except duckdb.Error as error:
+            _check_columns(found.con, columns)
             raise QueryError(f"--where: {error}" if where else str(error)) from error
-    for line in lines:
-        _refuse_mixed(line)
-    named = titles(Cell.from_json(line["recipe"]) for line in lines)
-    return [_cell(line, named[line["cell_id"]], columns) for line in lines]
+        if not all(_is_number(lines[name].type) for name in columns):
+            _check_columns(found.con, columns)
+    groups = _by_cell(lines)
+    named = titles(Cell.from_json(line["recipe"]) for line in grid)
+    cells = [_cell(line, named[line["cell_id"]], columns, groups.get(line["cell_id"], lines[:0])) for line in grid]
+    for cell_id, group in groups.items():
+        _refuse_mixed(cell_id, group)
+    return cells
 
 
-_CELLS = """
-with chosen as (select * from ({query}) where sweep = $sweep)
-select c.cell_id, any_value(c.recipe) as recipe, any_value(c.candidates) as planned,
-       any_value(c.seeds) as seeds,
-       list(k order by k.candidate) filter (where k.candidate is not null) as found
-from cells c left join chosen k on k.cell_id = c.cell_id
-where c.sweep = $sweep
-group by c.cell_id, c.position order by c.position
-"""
+_SCANNED = ("task_id", "cell_id", "candidate", "seed", "status", "dense_sha256", "sweep", "chosen")
+"""What every candidate is made of."""
+
+_CHOSEN = "select {names} from ({query}) where sweep = {sweep} order by cell_id, candidate"
+
+
+def _grid(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
+    """The cells of an expansion in the order of its grid, with how many candidates and seeds were planned."""
+    plan = store.plan_table(manifest, ["position", "cell_id", "recipe", "candidate", "seed"])
+    counted = [("position", "min"), ("candidate", "count_distinct"), ("seed", "count_distinct")]
+    cells = plan.group_by("cell_id").aggregate(counted).sort_by("position_min")
+    return cells.append_column("recipe", plan["recipe"].take(cells["position_min"])).to_pylist()
+
+
+def _quoted_name(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
 
 def _check_columns(con: duckdb.DuckDBPyConnection, columns: tuple[str, ...]) -> None:
@@ -85,10 +103,20 @@ def _check_columns(con: duckdb.DuckDBPyConnection, columns: tuple[str, ...]) -> 
             raise QueryError(f"{column} is no number of a candidate; allowed: {', '.join(known)}")
 
 
-def _refuse_mixed(line: dict[str, Any]) -> None:
-    found = line["found"] or []
-    whole = Counter(one["dense_sha256"][:8] for one in found if one["n_dense"] == 1)
-    if len(whole) < 2 and all(one["n_dense"] < 2 for one in found):
+def _by_cell(chosen: pa.Table) -> dict[str, pa.Table]:
+    """The lines of each cell; they are ordered by cell."""
+    counts = chosen["cell_id"].value_counts()
+    groups, start = {}, 0
+    for cell_id, n in zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True):
+        groups[cell_id] = chosen[start : start + n]
+        start += n
+    return groups
+
+
+def _refuse_mixed(cell_id: str, group: pa.Table) -> None:
+    found = list(zip(group["n_dense"].to_pylist(), group["dense_sha256"].to_pylist(), strict=True))
+    whole = Counter(sha[:8] for n, sha in found if n == 1)
+    if len(whole) < 2 and all(n < 2 for n, _ in found):
         return
     advice = "Run the sweep again in a new store"
     if whole:
@@ -98,25 +126,30 @@ def _refuse_mixed(line: dict[str, Any]) -> None:
             f", or look at one network's candidates ({counts}) with "
             f"--where \"n_dense = 1 and dense_sha256 like '{most}%'\""
         )
-    message = f"cell {line['cell_id']} mixes rows pruned from different dense networks: they are not comparable"
+    message = f"cell {cell_id} mixes rows pruned from different dense networks: they are not comparable"
     raise QueryError(f"{message}. {advice}")
 
 
-def _cell(line: dict[str, Any], title: str, columns: tuple[str, ...]) -> CellData:
-    found = line["found"] or []
+def _cell(line: dict[str, Any], title: str, columns: tuple[str, ...], group: pa.Table) -> CellData:
     return CellData(
         cell_id=line["cell_id"],
         title=title,
-        candidate=[one["candidate"] for one in found],
-        columns={name: [one[name] for one in found] for name in columns},
-        planned=line["planned"],
-        seeds=line["seeds"],
+        candidate=group["candidate"].to_pylist(),
+        columns={name: group[name].to_pylist() for name in columns},
+        planned=line["candidate_count_distinct"],
+        seeds=line["seed_count_distinct"],
     )
 
 
 def corr_table(cells: list[CellData], x: str, y: str, beside: str | None = BESIDE) -> pa.Table:
     """The table of `corr`: one line per cell. tau is tau-b; `tau_<beside>` shows y's neighbour."""
-    return pa.Table.from_pylist([_line(cell, x, y, beside) for cell in cells], schema=_schema(beside))
+    found = statistics.correlations([(cell.columns[x], cell.columns[y]) for cell in cells])
+    lines = [_line(cell, x, y, one) for cell, one in zip(cells, found, strict=True)]
+    if beside:
+        taus = statistics.kendalls([(cell.columns[x], cell.columns[beside]) for cell in cells])
+        for line, tau in zip(lines, taus, strict=True):
+            line[_beside_name(beside)] = tau
+    return pa.Table.from_pylist(lines, schema=_schema(beside))
 
 
 def _schema(beside: str | None) -> pa.Schema:
@@ -132,10 +165,9 @@ def _beside_name(column: str) -> str:
     return "tau_last5" if column == BESIDE else f"tau_{column}"
 
 
-def _line(cell: CellData, x: str, y: str, beside: str | None) -> dict[str, Any]:
-    found = statistics.correlation(cell.columns[x], cell.columns[y])
+def _line(cell: CellData, x: str, y: str, found: statistics.Correlation) -> dict[str, Any]:
     higher = statistics.higher_is_better(y)
-    line = {
+    return {
         "cell": cell.title,
         "cell_id": cell.cell_id,
         "n": found.n,
@@ -149,6 +181,3 @@ def _line(cell: CellData, x: str, y: str, beside: str | None) -> dict[str, Any]:
         "pearson_p": found.pearson_p,
         "anomaly_ratio": statistics.anomaly_ratio(cell.columns[x], cell.columns[y], higher=higher),
     }
-    if beside:
-        line[_beside_name(beside)] = statistics.kendall(cell.columns[x], cell.columns[beside])[0]
-    return line

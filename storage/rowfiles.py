@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -129,6 +130,24 @@ def counted_once(tables: dict[str, pa.Table]) -> dict[str, pa.Table]:
         kept[name] = table
         seen |= origins
     return kept
+
+
+def chosen(rows: pa.Table) -> pa.ChunkedArray | pa.Array:
+    """Which rows are the chosen ones of their tasks: done beats failed, then the earliest, then the file's name.
+
+    Where no task has two rows that is all of them: a window over them in SQL would take most of a query's time.
+    """
+    task_ids = rows["task_id"]
+    if len(task_ids.unique()) == len(rows):
+        return task_ids.is_valid()
+    ranks = rows.select(["task_id", "status", "finished_at", ORIGIN])
+    order = pc.call_function(
+        "sort_indices", [ranks], pc.SortOptions([(name, "ascending") for name in ranks.column_names])
+    )
+    ids = task_ids.take(order).to_numpy()
+    found = np.zeros(len(rows), bool)
+    found[order.to_numpy()[np.append(True, ids[1:] != ids[:-1])]] = True
+    return pa.array(found)
 
 
 def _is_in(values: pa.ChunkedArray, these: pa.Array) -> pa.ChunkedArray:

@@ -25,15 +25,15 @@ from storage import statistics
 from storage.encoding import repeated
 from storage.errors import QueryError
 from storage.manifest import PLAN_SCHEMA
-from storage.rowfiles import ROW_FILES_SCHEMA, Problem
+from storage.rowfiles import ROW_FILES_SCHEMA, Problem, chosen
 from storage.schema import COLUMNS, SCHEMA
 
 if TYPE_CHECKING:
     from storage.store import Store
 
 PLAN_TABLE_SCHEMA = PLAN_SCHEMA.append(pa.field("sweep", pa.string())).append(pa.field("expanded_at", pa.string()))
-TABLES = {"row_files": ROW_FILES_SCHEMA, "plan": PLAN_TABLE_SCHEMA}
-EVERY_COLUMN = frozenset([*ROW_FILES_SCHEMA.names, *PLAN_TABLE_SCHEMA.names])
+TABLES = {"row_files": ROW_FILES_SCHEMA.append(pa.field("chosen", pa.bool_())), "plan": PLAN_TABLE_SCHEMA}
+EVERY_COLUMN = frozenset(name for schema in TABLES.values() for name in schema.names)
 VIEWS = ("attempts", "rows", "tasks", "candidates", "cells", "sweeps", "failures")
 
 # No quote and no comment among the options: what follows here is what DuckDB explains.
@@ -79,7 +79,9 @@ class Views:
     def read(self, columns: Iterable[str] = EVERY_COLUMN) -> None:
         """Read these columns too, wherever they are."""
         self._columns |= set(columns)
-        row_files, problems = self._store.row_files([name for name in SCHEMA.names if name in self._columns])
+        wanted = self._columns | {"task_id", "status", "finished_at"}
+        row_files, problems = self._store.row_files([name for name in SCHEMA.names if name in wanted])
+        row_files = row_files.append_column("chosen", chosen(row_files))
         plan = plan_table(self._store, self._columns)
         for name, table in (("row_files", row_files), ("plan", plan)):
             self.con.register(name, _with_nulls(table, TABLES[name]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,44 +40,73 @@ def paired(x: Sequence[Any], y: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, 
     return a[keep], b[keep], int((~keep).sum())
 
 
-def _with_p(test: str, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """scipy.stats' `test` of a and b; NaN where it is not defined."""
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return NAN, NAN
-    from scipy import stats
+def _with_p(test: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """scipy.stats' `test` of each line of a and b, both [lines, n]: statistic and p, [lines, 2]; NaN where it is not
+    defined. Fifty lines at once take scipy hardly longer than one."""
+    found = np.full((len(a), 2), NAN)
+    defined = (np.ptp(a, axis=1) > 0) & (np.ptp(b, axis=1) > 0) if a.shape[1] > 1 else np.zeros(len(a), bool)
+    if defined.any():
+        from scipy import stats
 
-    tests: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
-        "kendall": stats.kendalltau,
-        "spearman": stats.spearmanr,
-        "pearson": stats.pearsonr,
-    }
-    result = tests[test](a, b)
-    return float(result.statistic), float(result.pvalue)
+        x, y = a[defined], b[defined]
+        if test == "spearman":  # by its definition
+            x, y = stats.rankdata(x, axis=1), stats.rankdata(y, axis=1)
+        correlated: Any = stats.kendalltau if test == "kendall" else stats.pearsonr
+        result = correlated(x, y, axis=1)
+        found[defined] = np.stack([result.statistic, result.pvalue], axis=1)
+    return found
+
+
+def _one(test: str, x: Sequence[Any], y: Sequence[Any]) -> tuple[float, float]:
+    statistic, p = _all_with_p(test, [(x, y)])[0].tolist()
+    return statistic, p
 
 
 def kendall(x: Sequence[Any], y: Sequence[Any]) -> tuple[float, float]:
     """Kendall's tau-b and its two-sided p (scipy: exact for small n without ties)."""
-    a, b, _ = paired(x, y)
-    return _with_p("kendall", a, b)
+    return _one("kendall", x, y)
 
 
 def spearman(x: Sequence[Any], y: Sequence[Any]) -> tuple[float, float]:
-    """Spearman's rho and its two-sided p."""
-    a, b, _ = paired(x, y)
-    return _with_p("spearman", a, b)
+    """Spearman's rho, Pearson's r of the ranks, and its two-sided p."""
+    return _one("spearman", x, y)
 
 
 def pearson(x: Sequence[Any], y: Sequence[Any]) -> tuple[float, float]:
     """Pearson's r and its two-sided p."""
-    a, b, _ = paired(x, y)
-    return _with_p("pearson", a, b)
+    return _one("pearson", x, y)
 
 
 def correlation(x: Sequence[Any], y: Sequence[Any]) -> Correlation:
     """All three, over the pairs that are there."""
-    a, b, dropped = paired(x, y)
-    values = [number for test in ("kendall", "spearman", "pearson") for number in _with_p(test, a, b)]
-    return Correlation(len(a), dropped, *values)
+    return correlations([(x, y)])[0]
+
+
+Sides = Sequence[tuple[Sequence[Any], Sequence[Any]]]
+
+
+def correlations(sides: Sides) -> list[Correlation]:
+    """The same of many x and y."""
+    counts = [(len(a), dropped) for a, _, dropped in (paired(x, y) for x, y in sides)]
+    numbers = np.concatenate([_all_with_p(test, sides) for test in ("kendall", "spearman", "pearson")], axis=1)
+    return [Correlation(*n, *line) for n, line in zip(counts, numbers.tolist(), strict=True)]
+
+
+def kendalls(sides: Sides) -> list[float]:
+    """Kendall's tau-b of many x and y."""
+    return _all_with_p("kendall", sides)[:, 0].tolist()
+
+
+def _all_with_p(test: str, sides: Sides) -> np.ndarray:
+    """Statistic and p of each x and y, [sides, 2]; those with equally many pairs are computed together."""
+    found = [paired(x, y)[:2] for x, y in sides]
+    numbers = np.full((len(found), 2), NAN)
+    alike: dict[int, list[int]] = {}
+    for i, (a, _) in enumerate(found):
+        alike.setdefault(len(a), []).append(i)
+    for lines in alike.values():
+        numbers[lines] = _with_p(test, *(np.stack([found[i][side] for i in lines]) for side in (0, 1)))
+    return numbers
 
 
 def higher_is_better(column: str) -> bool:

@@ -1,15 +1,11 @@
--- The views of a store. Fed with two Arrow tables: row_files (every valid row, with its file) and
--- plan (every sweep's newest expansion, one line per task).
+-- The views of a store. Fed with two Arrow tables: row_files (every valid row, with its file, and whether it is the
+-- chosen one of its task) and plan (every sweep's newest expansion, one line per task).
 
 -- Every valid row: several for one task are legal.
-create view attempts as select * from row_files;
+create view attempts as select * exclude (chosen) from row_files;
 
--- The chosen row per task: done beats failed, then the earliest, then the file's name.
-create view rows as
-select * exclude (file) from row_files
-qualify row_number() over (
-    partition by task_id order by (status = 'done') desc, finished_at, file
-) = 1;
+-- The chosen row per task (storage/rowfiles.py:chosen).
+create view rows as select * exclude (file, chosen) from row_files where chosen;
 
 -- One line per planned task of a sweep, with its row; status done, failed or pending.
 create view tasks as
