@@ -12,7 +12,7 @@ import pyarrow as pa
 from orchestrator.drivers import drivers
 from storage.records import utc_now
 from storage.signs import age, living
-from storage.sql import connection, quoted
+from storage.sql import quoted, views
 
 if TYPE_CHECKING:
     from storage.store import Problem, Store
@@ -42,7 +42,8 @@ _BY = {
 }
 BY = (*_BY, "driver")
 
-RUNNING_SCHEMA = pa.schema([("task_id", pa.string())])
+_SCANNED = ("sweep", "position", "shard", "task_id", "cell_id", "model", "dataset", "layers", "ratios", "pruning_ratio")
+_SCANNED += ("pruner", "propagation", "precision", "status", "chosen", "error_class", "error", "finished_at")
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ def standing(store: Store, sweep: str, by: str, report: Callable[[Problem], None
     at_work = [_driver(note) for note in drivers(store, sweep)]
     notes = living(store, "workers").values()
     running = sorted({str(task) for note in notes for task in [note.get("task"), *note.get("fleet", [])] if task})
-    with connection(store, report) as con:
-        con.register("running", pa.table({"task_id": running}, schema=RUNNING_SCHEMA))
+    with views(store, report) as found:
+        found.con.execute("create temp table running as select unnest($1::varchar[]) as task_id", [running])
         now = _NOW.format(sweep=quoted(sweep))
 
         def ask(query: str) -> pa.Table:
-            return con.sql(now + query).to_arrow_table()
+            return found.ask(now + query, _SCANNED)
 
         whole = ask(_BY["sweep"]).to_pylist()[0]
         whole |= _pace(whole, at_work, lambda since: _finished(ask, since))

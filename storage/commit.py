@@ -75,11 +75,10 @@ def replace(filesystem: pafs.FileSystem, path: str, content: bytes, *, durable: 
 
 def again(work: Callable[[], T], error: type[Exception], times: int = 20) -> T:
     """`work`, tried again at once when it raises `error`. Raises the last one."""
-    import tenacity
-
-    return tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(times), retry=tenacity.retry_if_exception_type(error), reraise=True
-    )(work)
+    for _ in range(times - 1):
+        with suppress(error):
+            return work()
+    return work()
 
 
 def patiently(work: Callable[[], T]) -> T:

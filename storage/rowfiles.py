@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.encoding import ORIGIN, parquet, rows_of
+from storage.encoding import ORIGIN, ROW_FILES_SCHEMA, parquet, rows_of
 from storage.errors import StoreError
 from storage.identity import SCHEMA_VERSION
 from storage.schema import SCHEMA
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ROW_FILES_SCHEMA = SCHEMA.append(pa.field(ORIGIN, pa.string()))
 COMPACTED = "compact-"
 COMPACTED_ROWS = 50_000
 """A compacted file has at most so many rows, but for one origin's. With half of them it is never merged
@@ -103,7 +102,7 @@ def look(store: Store, wanted: Callable[[str], bool], read: Callable[[str], pa.T
     for _ in range(LOOKS):
         names = [name for name in store.row_file_names() if wanted(name) or is_compacted(name)]
         try:
-            with ThreadPoolExecutor(8) as pool:
+            with ThreadPoolExecutor(2 if store.is_local else 8) as pool:  # what decodes them holds Python's lock
                 found = dict(zip(names, pool.map(read, names), strict=True))
         except FileNotFoundError:
             continue

@@ -150,11 +150,16 @@ def conform(table: pa.Table, names: Sequence[str] = SCHEMA.names) -> pa.Table:
     Raises ValueError for a table that is not of ours: a required column missing or with nulls, an unknown
     status, or one of our names twice or with values of another type.
     """
-    missing = [name for name in REQUIRED if name not in table.column_names]
+    given = dict(zip(table.column_names, table.columns, strict=True))
+    missing = [name for name in REQUIRED if name not in given]
     if missing:
         raise ValueError(f"no column {', '.join(missing)}")
+    twice = [name for name in names if table.column_names.count(name) > 1] if len(given) < table.num_columns else []
+    if twice:
+        raise ValueError(f"column {twice[0]} is there twice")
     schema = pa.schema([SCHEMA.field(name) for name in names])
-    conformed = pa.Table.from_arrays([_column(table, field) for field in schema], schema=schema)
+    columns = [_column(given.get(field.name), field, len(table)) for field in schema]
+    conformed = pa.Table.from_arrays(columns, schema=schema)
     empty = [name for name in REQUIRED if conformed[name].null_count]
     if empty:
         raise ValueError(f"column {empty[0]} has nulls")
@@ -164,11 +169,10 @@ def conform(table: pa.Table, names: Sequence[str] = SCHEMA.names) -> pa.Table:
     return conformed
 
 
-def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
-    if field.name not in table.column_names:
-        return pa.nulls(len(table), field.type)
+def _column(column: pa.ChunkedArray | None, field: pa.Field, n: int) -> pa.ChunkedArray | pa.Array:
+    if column is None:
+        return pa.nulls(n, field.type)
     try:
-        column = table[field.name]
         return column if column.type == field.type else column.cast(field.type)
-    except (KeyError, pa.ArrowException) as error:
+    except pa.ArrowException as error:
         raise ValueError(f"column {field.name}: {error}") from error

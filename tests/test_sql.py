@@ -354,6 +354,24 @@ def test_no_file_can_be_read(query: str, store: Store, tmp_path: Path) -> None:
         store.sql(query.replace("{file}", str(file)))
 
 
+@pytest.mark.parametrize("query", [query for query in READS if "explain" not in query.lower()])
+def test_an_answer_over_the_columns_it_needs_is_that_over_all(
+    query: str, store: Store, con: duckdb.DuckDBPyConnection
+) -> None:
+    """What is not read is null, and no query sees it."""
+    whole = con.sql(query).to_arrow_table().to_pylist()
+    assert sorted(map(repr, run_query(store, query).to_pylist())) == sorted(map(repr, whole))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_each_column_alone_is_what_it_is_among_all(view: str, store: Store, con: duckdb.DuckDBPyConnection) -> None:
+    """Every column of every view, asked for alone."""
+    whole = con.sql(f"from {view}").to_arrow_table()
+    for name in whole.column_names:
+        alone = run_query(store, f'select "{name}" from {view}')[name].to_pylist()
+        assert sorted(map(repr, alone)) == sorted(map(repr, whole[name].to_pylist())), name
+
+
 def test_no_python_variable_can_be_read(store: Store) -> None:
     """A query sees no data frame of the program that asks."""
     secret = store.sql("select 1 as a").to_arrow_table()

@@ -13,6 +13,7 @@ from storage.statistics import (
     anomaly_ratio,
     better_than_picked,
     correlation,
+    correlations,
     higher_is_better,
     kendall,
     lowest,
@@ -106,6 +107,19 @@ def test_what_is_not_defined_is_nan(x: list[float], y: list[float]) -> None:
     numbers = [found.kendall, found.kendall_p, found.spearman, found.spearman_p, found.pearson, found.pearson_p]
     assert all(math.isnan(number) for number in numbers)
     assert found.n + found.dropped == len(x)
+
+
+@settings(deadline=None)
+@given(st.lists(PAIRS, max_size=5))
+def test_many_at_once_are_what_each_is_alone(cells: list[list[tuple[int, int]]]) -> None:
+    """Cells of equal and of different size, with ties, holes and constant sides, in any order."""
+    sides = [([x if x < 5 else None for x, _ in cell], [y for _, y in cell]) for cell in cells]
+    found = correlations(sides)
+    assert [(one.n, one.dropped) for one in found] == [(len(p[0]), p[2]) for p in (paired(x, y) for x, y in sides)]
+    for one, (x, y) in zip(found, sides, strict=True):
+        numbers = (one.kendall, one.kendall_p, one.spearman, one.spearman_p, one.pearson, one.pearson_p)
+        alone = (*kendall(x, y), *spearman(x, y), *pearson(x, y))
+        assert numbers == pytest.approx(alone, nan_ok=True, rel=1e-12)
 
 
 def test_lists_of_different_length_are_an_error() -> None:

@@ -4,6 +4,7 @@ import datetime as dt
 import errno
 import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ import pytest
 from pyarrow import fs as pafs
 
 from storage.commit import commit
+from storage.encoding import FEW_ROWS, parquet
 from storage.errors import QueryError, StoreError
 from storage.manifest import PlannedTask, planned_tasks
-from storage.records import Row, Task
-from storage.rowfiles import Attempts, Problem, parquet
-from storage.schema import rows_to_table, table_to_rows
+from storage.records import Removed, Row, Task
+from storage.rowfiles import Attempts, Problem
+from storage.schema import SCHEMA, rows_to_table, table_to_rows
 from storage.sql import run_query
 from storage.store import Store
 from tests.rows import L1, NOON, ORACLE, SAMPLED, done, failed, plan, tasks, tree
@@ -199,6 +201,39 @@ def test_torn_and_foreign_files_are_skipped_and_reported_once(tmp_path: Path) ->
 
 
 # -- sweeps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, FEW_ROWS + 1], ids=["plain", "compressed"])
+def test_a_file_is_whole_or_none_whatever_columns_are_asked_for(count: int, tmp_path: Path) -> None:
+    """A byte that changed in a column nobody asked for takes out the file all the same; what others wrote counts."""
+    store, rows = Store(tmp_path), [done(task, host="here") for task in tasks(ORACLE, count)]
+    content = parquet(rows_to_table(rows))
+    at = content.index(b"here") if count == 1 else len(content) // 2
+    damaged = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    others = _parquet(pq.read_table(io.BytesIO(content)))  # it carries our checksum, which is wrong there
+    for name, written in (("whole", content), ("damaged", damaged), ("others", others)):
+        store.commit(f"rows/s0-{name}.parquet", written)
+    for columns in (["status"], ["task_id", "host"], [], None):
+        table, problems = store.row_files(columns)
+        assert Counter(table["file"].to_pylist()) == {f"rows/s0-{name}.parquet": count for name in ("whole", "others")}
+        assert [problem.file for problem in problems] == ["rows/s0-damaged.parquet"]
+        assert table.column_names == [*(SCHEMA.names if columns is None else columns), "file"]
+
+
+def test_many_rows_come_back_from_a_compressed_file(tmp_path: Path) -> None:
+    """Every column, of rows that have all of them and of rows that have none."""
+    store, task = Store(tmp_path), Task(L1, 0, 0)
+    curve: tuple[float | None, ...] = (0.5, None, 0.25)
+    full = {
+        "epoch_train_loss": curve,
+        "epoch_test_loss": curve,
+        "epoch_test_accuracy": (),
+        "score_extra": (("a", 1.0),),
+    }
+    removed = (Removed("conv1", (1, 4)), Removed("conv2", ()))
+    rows = [done(task, removed=removed, last_test_loss=0.1 * k, **full) for k in range(FEW_ROWS)] + [failed(task)]
+    store.commit_rows("s0", rows)
+    assert table_to_rows(store.row_files()[0]) == rows
 
 
 def test_the_same_expansion_twice_is_one_manifest(tmp_path: Path) -> None:
