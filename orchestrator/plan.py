@@ -20,7 +20,7 @@ from orchestrator.spec import SweepSpec, load_spec
 from storage.commit import room
 from storage.errors import StoreError
 from storage.identity import join_id
-from storage.manifest import Manifest, plan_batches
+from storage.manifest import REPEATING, Manifest, plan_batches
 from storage.records import Cell, Dense, Shard, Tasks
 from workers.datasets import DATASETS, missing_message
 
@@ -204,8 +204,14 @@ def missing_denses(store: Store, shards: Iterable[Shard]) -> tuple[Dense, ...]:
 
 def plan_of_spec(store: Store, spec: SweepSpec, document: Document) -> Plan:
     """The plan of a spec that has not been recorded yet."""
-    batches = (batch.select(PLAN_COLUMNS) for batch in plan_batches(planned(spec, document)))
+    batches = (_for_a_plan(batch) for batch in plan_batches(planned(spec, document)))
     return make_plan(store, spec, pa.Table.from_batches(batches))
+
+
+def _for_a_plan(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """PLAN_COLUMNS of a batch as a recorded sweep has them: strings that repeat only once."""
+    columns = {name: batch[name].dictionary_encode() if name in REPEATING else batch[name] for name in PLAN_COLUMNS}
+    return pa.RecordBatch.from_pydict(columns)
 
 
 def plan_of_sweep(store: Store, manifest: Manifest, only: frozenset[str] | None = None) -> Plan:
