@@ -114,9 +114,11 @@ def _by_cell(chosen: pa.Table) -> dict[str, pa.Table]:
 
 
 def _refuse_mixed(cell_id: str, group: pa.Table) -> None:
-    found = list(zip(group["n_dense"].to_pylist(), group["dense_sha256"].to_pylist(), strict=True))
-    whole = Counter(sha[:8] for n, sha in found if n == 1)
-    if len(whole) < 2 and all(n < 2 for n, _ in found):
+    counts, hashes = group["n_dense"], group["dense_sha256"]
+    if counts.unique().to_pylist() == [1] and len(hashes.unique()) == 1:
+        return
+    whole = Counter(sha[:8] for n, sha in zip(counts.to_pylist(), hashes.to_pylist(), strict=True) if n == 1)
+    if len(whole) < 2 and max(counts.to_pylist()) < 2:
         return
     advice = "Run the sweep again in a new store"
     if whole:

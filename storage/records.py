@@ -56,7 +56,7 @@ class Recipe:
         return digest(self.identity())
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"lr": [list(step) for step in self.lr]}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"lr": [list(step) for step in self.lr]}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:

@@ -110,8 +110,9 @@ class Views:
 
 def _with_nulls(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """`table` with the columns of `schema` that it lacks; those of one type share their memory."""
-    nulls = {kind: pa.nulls(len(table), kind) for kind in {f.type for f in schema if f.name not in table.column_names}}
-    columns = [table[f.name] if f.name in table.column_names else nulls[f.type] for f in schema]
+    given = dict(zip(table.column_names, table.columns, strict=True))
+    nulls = {kind: pa.nulls(len(table), kind) for kind in {f.type for f in schema if f.name not in given}}
+    columns = [given.get(f.name, nulls.get(f.type)) for f in schema]
     return pa.Table.from_arrays(columns, names=schema.names)
 
 

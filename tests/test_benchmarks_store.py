@@ -14,7 +14,7 @@ TINY: dict[str, tuple[int, Callable[[], Iterator[Figure]]]] = {
     "query": (4, lambda: store.query(12, times=1)),
     "row_bytes": (1, lambda: store.row_bytes(20)),
     "startup": (3, lambda: store.startup(1, n=3)),
-    "store_curve": (5, lambda: store.store_curve((CELL_ROWS,), times=1)),
+    "store_curve": (6, lambda: store.store_curve((CELL_ROWS + 2,), times=1)),
 }
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from storage.identity import canonical_json
 from storage.manifest import PlannedTask
-from storage.records import Cell, Dense, Execution, Recipe, Removed, Row, Task, row_for
+from storage.records import Cell, Dense, Execution, Recipe, Removed, Row, Shard, Task, Tasks, row_for
 
 EPOCHS = 30
 CANDIDATES, SEEDS = 252, 3
@@ -58,6 +59,25 @@ def planned(tasks: list[Task]) -> Iterator[PlannedTask]:
 def shard_of(task: Task) -> str:
     """Which shard a task is in."""
     return f"{task.cell.cell_id[:12]}{task.candidate // 28:04x}"
+
+
+def shards(n: int) -> Iterator[Shard]:
+    """The same tasks, a shard for each cell: where there are millions."""
+    pairs = list(product(range(CANDIDATES), range(SEEDS)))
+    for i, cell in enumerate(cells(-(-n // CELL_ROWS))):
+        yield Shard(cell.cell_id, Tasks.from_pairs(cell, pairs[: n - i * CELL_ROWS]))
+
+
+def copied(first: pa.Table, shard: Shard) -> pa.Table:
+    """The rows of a cell's tasks, measured as `first`, a whole cell, is."""
+    tasks, cell = Tasks.of(shard.tasks), shard.tasks[0].cell
+    table = first[: len(tasks)]
+    new = {"task_id": tasks.ids(), "candidate_id": tasks.candidate_ids()}
+    same = {"cell_id": cell.cell_id, "dense_id": cell.dense.dense_id, "recipe_id": cell.retrain.recipe_id}
+    for name, value in {**same, "recipe": cell.json, **new}.items():
+        values = [value] * len(tasks) if isinstance(value, str) else value
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
+    return table
 
 
 def rows(tasks: list[Task], seed: int = 0) -> list[Row]:
