@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -274,7 +275,7 @@ class Shard:
         return {
             "shard_id": self.shard_id,
             "cell": self.tasks[0].cell.json if self.tasks else None,
-            "tasks": Tasks.of(self.tasks).pairs if self.tasks else b"",
+            "tasks": zlib.compress(Tasks.of(self.tasks).pairs) if self.tasks else b"",
             "dense": self.dense.to_dict() if self.dense else None,
             "keep": self.keep,
             "block": self.block,
@@ -283,7 +284,7 @@ class Shard:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Shard:
         cell = Cell.from_json(data["cell"]) if data["cell"] else None
-        tasks = tuple(Tasks(cell, data["tasks"])) if cell else ()
+        tasks = tuple(Tasks(cell, zlib.decompress(data["tasks"]))) if cell else ()
         dense = Dense.from_dict(data["dense"]) if data["dense"] else None
         return Shard(data["shard_id"], tasks, dense, data["keep"], data["block"])
 
