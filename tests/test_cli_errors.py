@@ -335,6 +335,8 @@ def test_reading_needs_neither_torch_nor_ray(results: Path, arguments: str) -> N
     modules = {line.split("|")[-1].strip() for line in found.stderr.splitlines() if line.startswith("import time:")}
     assert "orchestrator.cli" in modules
     assert {module.split(".")[0] for module in modules} & {"torch", "torchvision", "ray", "accelerate"} == set()
+    if arguments == "--help" or arguments.startswith(("status", "query")):  # half a second each
+        assert {"pandas", "scipy.stats", "tenacity"} & modules == set()
 
 
 def test_no_command_needs_torch_or_ray_for_its_help() -> None:
