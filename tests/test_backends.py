@@ -94,7 +94,7 @@ def assert_same_training(many: Backend, networks: Sequence[nn.Module], data: Spl
 # -- compiled --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [*CHAINS, Odd, network], ids=str)
+@pytest.mark.parametrize("build", [*CHAINS, Odd, network])
 def test_compiled_is_eager(build: Any) -> None:
     """Every chain of the registry, and one with odd sizes: the same training in float64."""
     networks = made(build, 1)
@@ -221,7 +221,7 @@ def test_a_fleet_of_any_size_is_eager(size: int) -> None:
     assert_same_training(fleet, networks, random_split(9 if size > 2 else 52, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("build", [*CHAINS, "lenet5_wider_linear_nomaxpool", Normed, Odd], ids=str)
+@pytest.mark.parametrize("build", [*CHAINS, "lenet5_wider_linear_nomaxpool", Normed, Odd])
 def test_every_model_is_a_fleet(build: Any) -> None:
     """Every model of the registry, and what they do not have: batch norm with running statistics, dropout."""
     networks = made(build, 2)
