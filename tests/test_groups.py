@@ -44,19 +44,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     ("seconds", "fails", "sizes"),
     [
         ({}, -1, [6]),
-        (dict.fromkeys(range(6), 1.5 * worker.GROUP_SECONDS), -1, [1] * 6),
-        (dict.fromkeys(range(6), 0.75 * worker.GROUP_SECONDS), -1, [2, 2, 2]),
+        (dict.fromkeys(range(6), 1.5 * worker.QUICK_SECONDS), -1, [1] * 6),
+        (dict.fromkeys(range(6), 0.9 * worker.QUICK_SECONDS), -1, [6]),
         ({2: 100.0}, -1, [3, 3]),
         ({}, 1, [2, 4]),
         ({}, 5, [6]),
     ],
 )
 def test_who_waits_for_whom(clock: Clock, seconds: dict[int, float], fails: int, sizes: list[int]) -> None:
-    """A row waits until so long after its group began, and no longer than for the next one; a failed row goes
-    at once, and takes along who waits."""
+    """A row of a task that took no time waits, no longer than for the next that took some; a failed row goes at
+    once, and takes along who waits."""
     groups = list(grouped(clock.rows(seconds, fails)))
     assert [len(group) for group in groups] == sizes
     assert [row.task_id for group in groups for row in group] == [task.task_id for task in TASKS]
+
+
+def test_nobody_waits_long(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However quick the tasks are, a group ends so long after it began."""
+    monkeypatch.setattr(worker, "GROUP_SECONDS", 2.5 * worker.QUICK_SECONDS)
+    groups = list(grouped(clock.rows(dict.fromkeys(range(6), 0.9 * worker.QUICK_SECONDS))))
+    assert [len(group) for group in groups] == [3, 3]
 
 
 def test_what_ends_a_shard_loses_no_row(clock: Clock) -> None:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 LOOK_AGAIN_SECONDS = 5.0
 """How old a worker's knowledge of what others have done may be when it starts a task."""
 
+QUICK_SECONDS = 0.02
+"""The row of a task that took longer is committed at once."""
+
 GROUP_SECONDS = 0.2
 """Rows of tasks that end within this long of the first one's start are committed together."""
 
@@ -361,8 +364,7 @@ class Worker:
         """Note half the fleet for this shape, where there is more than one to halve: memory ran out."""
         from workers.execution import note_name
 
-        fleet = self.execution(cell).fleet
-        if fleet == 1 or self.fixed:
+        if self.fixed or not self._has_accelerator() or (fleet := self.execution(cell).fleet) == 1:
             return False
         name, shape = note_name(self._shape(cell), self.accelerator.device), self._shape(cell)
         noted = self.store.scratch.noted(name) or {}
@@ -401,16 +403,18 @@ class Worker:
 
 
 def grouped(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """`rows` as groups to commit: a row waits for others only GROUP_SECONDS long, and a failed one not at
-    all. What ends `rows` early is raised after the last group."""
+    """`rows` as groups to commit: the row of a task that took no time waits for others, but only GROUP_SECONDS
+    long; any other, and a failed one, goes at once. What ends `rows` early is raised after the last group."""
     group: list[Row] = []
-    began = time.monotonic()
+    began = last = time.monotonic()
     try:
         for row in rows:
             group.append(row)
-            if row.status == "failed" or time.monotonic() - began >= GROUP_SECONDS:
+            now = time.monotonic()
+            if row.status == "failed" or now - last >= QUICK_SECONDS or now - began >= GROUP_SECONDS:
                 yield group
                 group, began = [], time.monotonic()
+            last = time.monotonic()
     except Exception:
         if group:
             yield group
