@@ -14,6 +14,12 @@ from typing import Any
 # name -> the module with the function of that name; imported only when it is run: the compute benchmarks
 # need torch and numpy, nothing else.
 BENCHMARKS = {
+    "networks_per_hour": "compute",
+    "best_serial_loop": "compute",
+    "step": "compute",
+    "input_pipeline": "compute",
+    "residual": "compute",
+    "gpu_fleet": "compute",
     "commit": "store",
     "corr": "store",
     "query": "store",
