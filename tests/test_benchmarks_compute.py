@@ -14,9 +14,9 @@ from tests.benchmarks.harness import Figure, pairs, ratios
 
 
 def test_steps_and_the_input_pipeline() -> None:
-    found = [*compute.step(steps=2, number=2), *compute.input_pipeline(n=1024, number=2)]
+    found = [*compute.step(steps=1, number=1), *compute.input_pipeline(n=1024, number=1)]
     assert [figure.unit for figure in found] == ["x", "x", "x", "", ""]
-    assert all(figure.median > 0 and len(figure.samples) == 2 for figure in found)
+    assert all(figure.median > 0 and len(figure.samples) == 1 for figure in found)
     assert "2.1 TFLOP" in found[3].what
 
 

@@ -246,7 +246,7 @@ def step(steps: int = 20, number: int = PAIRS) -> Iterator[Figure]:
         last = Serial(copy.deepcopy(model), RECIPE, accelerator(), "channels_last")
         fleet = Fleet([network() for _ in range(16)], RECIPE, accelerator())
         for other, what in ((eager, "eager"), (last, "eager, channels-last"), (fleet, "a torch.func fleet of 16")):
-            few = max(2, steps // len(other.networks))
+            few = max(1, steps // len(other.networks))
             found = pairs(lambda: step_seconds(ours, data, steps), lambda: step_seconds(other, data, few), number)  # noqa: B023
             notes = {"ms": [(a * 1e3, b * 1e3) for a, b in found]}
             yield Figure("step", f"a step on one core, vs {what}", "x", ratios(found), more=True, notes=notes)
