@@ -15,7 +15,7 @@ from storage.store import Store
 from tests.conftest import TINY, command
 from tests.sweeps import committed, left_over, lose
 
-SLOWER = TINY.replace("epochs: 2, batch_size: 64", "epochs: 30, batch_size: 64")
+SLOWER = TINY.replace("epochs: 2, batch_size: 64", "epochs: 150, batch_size: 64")
 
 
 def start_and_wait_for_rows(folder: Path, *arguments: str) -> subprocess.Popen[str]:
