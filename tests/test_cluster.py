@@ -62,7 +62,7 @@ def test_submit_follow_and_read(cluster: Cluster, beside_models: Path, pruneswee
 
 def test_stop_a_submitted_sweep(cluster: Cluster, beside_models: Path, prunesweep: Prunesweep) -> None:
     """`stop --address` ends the job; what is committed stays, and the rest can be run here."""
-    long = TINY.replace("epochs: 2, batch_size: 64", "epochs: 20, batch_size: 64")
+    long = TINY.replace("epochs: 2, batch_size: 64", "epochs: 150, batch_size: 64")
     (beside_models / "tiny.yaml").write_text(long)
     submitted = prunesweep("submit", "tiny.yaml", "--address", cluster.jobs, "--no-wait", cwd=beside_models)
     assert submitted.returncode == 0, submitted.stderr
