@@ -24,7 +24,7 @@ GOLDEN: dict[str, tuple[float, float, float]] = {
 }
 GOLDEN_EXECUTION = (
     '{"backend":"compiled","device_model":"AMD EPYC family 25 model 17 (AVX512)","fleet":1,"memory_fo'
-    'rmat":"contiguous_format","threads":1,"versions":{"compiled":"07d8db2995e3","numpy":"2.4.6","tor'
+    'rmat":"contiguous_format","threads":1,"versions":{"compiled":"22cf8fae9f7c","numpy":"2.4.6","tor'
     'ch":"2.15.0"}}'
 )
 COLUMNS = "task_id, pruned_train_loss, best_test_accuracy, last_test_loss"
