@@ -122,7 +122,8 @@ def _fleet_or_serial(
 
 def why_not_compiled(network: nn.Module, shape: tuple[int, ...], accelerator: Accelerator) -> str | None:
     """Why a network cannot be run by compiled code on this machine; None where it can."""
-    from workers.compiled import NoCompiler, NotAChain, chain_of, library
+    from workers.chain import NotAChain, chain_of
+    from workers.compiled import NoCompiler, library
 
     if accelerator.mixed_precision != "no":
         return f"compiled code knows no {accelerator.mixed_precision}"

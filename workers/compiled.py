@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workers.chain import Link, NotAChain, chain_of
+from workers.chain import Link, chain_of
 from workers.checkpoints import State
 from workers.measures import Measure, measure_of
 
@@ -212,6 +212,3 @@ def _cache_folder() -> Path:
         if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
     raise NoCompiler(f"no folder for compiled code: neither {base} nor the temporary folder can be used")
-
-
-__all__ = ["Compiled", "NoCompiler", "NotAChain", "code", "compiler", "library"]

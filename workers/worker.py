@@ -366,7 +366,8 @@ class Worker:
 
         if self.fixed or not self._has_accelerator() or (fleet := self.execution(cell).fleet) == 1:
             return False
-        name, shape = note_name(self._shape(cell), self.accelerator.device), self._shape(cell)
+        shape = self._shape(cell)
+        name = note_name(shape, self.accelerator.device)
         noted = self.store.scratch.noted(name) or {}
         if noted.get("fleet", 1) >= fleet:
             self.store.scratch.renew(name, {**noted, "fleet": fleet // 2})
