@@ -82,10 +82,12 @@ class Pulse:
     def at(self, shard: str, *tasks: str, limited: int = 0) -> Iterator[None]:
         """While this lasts, the note says which tasks it is at; and the limits hold for `limited` of them at once.
 
-        One is named as `task`, whose fault an end over a limit is; of a fleet nobody can say whose.
+        One is named as `task`, whose fault an end over a limit is; of a fleet nobody can say whose. Within `at` of a
+        shard, tasks of it may be shown in turn.
         """
         (task,) = tasks if len(tasks) == 1 else (None,)
-        self._about = {**self._about, "shard": shard, "task": task, "fleet": list(tasks) if task is None else []}
+        before = self._about
+        self._about = {**before, "shard": shard, "task": task, "fleet": list(tasks) if task is None else []}
         if self._shown["shard"] != shard or time.monotonic() - self._shown_at >= NOTE_SECONDS:
             self._show()
         self._since = time.monotonic() if limited else None
@@ -96,16 +98,22 @@ class Pulse:
             yield
         finally:
             self._since = None
-            self._about = {**self._about, "shard": None, "task": None, "fleet": []}
+            self._about = before
             if limit:
                 faulthandler.cancel_dump_traceback_later()
 
     def is_elsewhere(self, shard: str) -> bool:
-        """Whether a worker of another driver is at a shard. Of two that begin at once one goes on: the
-        one whose driver's id is lower."""
+        """Whether a worker of another driver is at a shard, asked within `at` of it.
+
+        Each shows itself first and looks then, so that of two at most one goes on. Where both leave, theirs is
+        shown no longer, and each comes back when its driver says.
+        """
         notes = living(self._store, "workers").values()
         others = [n for n in notes if n.get("driver") != self._driver and filed_under(str(n.get("shard"))) == shard]
-        return any(note.get("task") or note.get("fleet") or str(note["driver"]) < self._driver for note in others)
+        if others:
+            self._about = {**self._about, "shard": None}
+            self._show()
+        return bool(others)
 
     def _show(self) -> None:
         self._shown, self._shown_at = self._about, time.monotonic()

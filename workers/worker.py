@@ -124,25 +124,25 @@ class Worker:
         A task that fails leaves a failed row. Raises what is no task's own: Stopped, Elsewhere,
         DenseMissing, StoreError, Diverged of a dense model, MemoryShort for a task to be run alone, Repeated.
         """
-        while True:
-            try:
-                for group in grouped(self._attempts(shard)):
-                    with self._at(shard, group[-1].task_id):
-                        self.store.commit_rows(shard.filed_under, group)
-                        self._drop_checkpoints()
-                    yield from group
-                return
-            except Halved:
-                continue
+        with self._at(shard):
+            if self.pulse and self.pulse.is_elsewhere(shard.filed_under):
+                raise Elsewhere
+            while True:
+                try:
+                    for group in grouped(self._attempts(shard)):
+                        with self._at(shard, group[-1].task_id):
+                            self.store.commit_rows(shard.filed_under, group)
+                            self._drop_checkpoints()
+                        yield from group
+                    return
+                except Halved:
+                    continue
 
     def _attempts(self, shard: Shard) -> Iterator[Row]:
         """The same, each row to be made durable. Raises Halved too."""
         self._checkpoints = []  # those of a shard that did not end here are not ours to drop
-        with self._at(shard):
-            if self.pulse and self.pulse.is_elsewhere(shard.filed_under):
-                raise Elsewhere
-            if shard.dense is None:
-                self.dense(shard.needs)
+        if shard.dense is None:
+            self.dense(shard.needs)
         if shard.dense:
             with self._at(shard, shard.dense.dense_id):
                 self.train_dense(shard.dense)
