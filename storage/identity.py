@@ -13,35 +13,58 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """A sweep's name is a folder's name."""
 
 # One table per schema number, never edited once rows exist. A later schema repeats the entries of
 # the one before and adds its own; the field's value then counts only where it differs.
+_CELL_1: Mapping[str, Any] = {
+    "granularity": "filter",
+    "propagation": "exact",
+    "schedule": "one-shot",
+    "precision": "fp32",
+    "loss_subset": None,
+    "validation": 0.0,
+    "candidate_mode": "all",
+    "sampling_seed": None,
+    "pruner_seed": None,
+}
+_RECIPE_1: Mapping[str, Any] = {
+    "optimizer": "sgd",
+    "momentum": 0.0,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "seed": None,
+}
 CELL_DEFAULTS: Mapping[int, Mapping[str, Any]] = {
-    1: {
-        "granularity": "filter",
-        "propagation": "exact",
-        "schedule": "one-shot",
-        "precision": "fp32",
-        "loss_subset": None,
-        "validation": 0.0,
-        "candidate_mode": "all",
-        "sampling_seed": None,
-        "pruner_seed": None,
-    },
+    1: _CELL_1,
+    2: {**_CELL_1, "scope": "local", "calibration": 256, "content": {}},
 }
 RECIPE_DEFAULTS: Mapping[int, Mapping[str, Any]] = {
-    1: {
-        "optimizer": "sgd",
-        "momentum": 0.0,
-        "nesterov": False,
-        "weight_decay": 0.0,
-        "seed": None,
+    1: _RECIPE_1,
+    2: {
+        **_RECIPE_1,
+        "lr_schedule": "table",
+        "warmup_epochs": 0,
+        "final_lr": 0.0,
+        "betas": [0.9, 0.999],
+        "label_smoothing": 0.0,
+        "clip_norm": None,
+        "ema": None,
+        "accumulate": 1,
+        "max_steps": None,
+        "augment": True,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "lora_rank": None,
+        "weights": None,
     },
 }
+
+FOLDERS = ("imagefolder", "llava")
+"""Data sets named `<kind>:<path>`: their ids depend on what lies there, not on where."""
 
 
 def canonical_json(value: Any) -> str:
@@ -57,6 +80,12 @@ def digest(value: Any) -> str:
 def without_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`fields` less those at their default."""
     return {key: v for key, v in fields.items() if key not in defaults or v != defaults[key]}
+
+
+def without_later(fields: Mapping[str, Any], defaults: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """`fields` less those that schema 1 did not have and that are at their default: what schema 1 had written."""
+    later = {key: value for key, value in defaults[SCHEMA_VERSION].items() if key not in defaults[1]}
+    return without_defaults(fields, later)
 
 
 def join_id(*parts: object) -> str:

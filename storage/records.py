@@ -18,6 +18,7 @@ from typing import Any, overload
 
 from storage.identity import (
     CELL_DEFAULTS,
+    FOLDERS,
     RECIPE_DEFAULTS,
     SCHEMA_VERSION,
     canonical_json,
@@ -25,6 +26,7 @@ from storage.identity import (
     join_id,
     join_ids,
     without_defaults,
+    without_later,
 )
 
 
@@ -32,7 +34,11 @@ from storage.identity import (
 class Recipe:
     """How a network is trained. `lr` is ((epochs already done, value), ...), ascending from 0.
 
-    `seed` is set for dense training only: a retraining's seed belongs to the task.
+    With `lr_schedule` cosine or linear the rate goes from its one value to `final_lr` over the epochs, after
+    `warmup_epochs` from near 0. `ema` is a decay per step; `max_steps` ends training early; `augment` is
+    whether the data set's own augmentation is used. `seed` and `weights` (what training starts from: a name of the
+    library's, a file, a URI) are set for dense training only: a retraining's seed belongs to the task. With
+    `lora_rank` only low-rank additions are trained.
     """
 
     epochs: int
@@ -43,6 +49,20 @@ class Recipe:
     nesterov: bool = False
     weight_decay: float = 0.0
     seed: int | None = None
+    lr_schedule: str = "table"
+    warmup_epochs: int = 0
+    final_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    ema: float | None = None
+    accumulate: int = 1
+    max_steps: int | None = None
+    augment: bool = True
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    lora_rank: int | None = None
+    weights: str | None = None
 
     def lr_at(self, epochs_done: int) -> float:
         """The learning rate once `epochs_done` epochs are behind."""
@@ -57,45 +77,63 @@ class Recipe:
         return digest(self.identity())
 
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"lr": [list(step) for step in self.lr]}
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain |= {"lr": [list(step) for step in self.lr], "betas": list(self.betas)}
+        return without_later(plain, RECIPE_DEFAULTS)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
         lr = tuple((int(start), float(value)) for start, value in data["lr"])
-        return Recipe(**{**data, "lr": lr})
+        first, second = data.get("betas", (0.9, 0.999))
+        return Recipe(**{**data, "lr": lr, "betas": (float(first), float(second))})
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense model: which network, trained on what, how. `validation` is the held-out share."""
+    """A dense model: which network, trained on what, how. `validation` is the held-out share.
+
+    `content` is ((`model`, `dataset` or `weights`, hash of what it is), ...), by name, for those that are files
+    or code of a user: then their content is in the id, and the path where they lie is not.
+    """
 
     model: str
     dataset: str
     recipe: Recipe
     validation: float = 0.0
+    content: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def dense_id(self) -> str:
-        defaults = CELL_DEFAULTS[SCHEMA_VERSION]
+        held, recipe = dict(self.content), self.recipe.identity()
         data = {
-            "model": self.model,
-            "dataset": self.dataset,
-            "recipe": self.recipe.identity(),
+            "model": "hf" if "model" in held and self.model.startswith("hf/") else self.model,
+            "dataset": kind_of(self.dataset) if "dataset" in held else self.dataset,
+            "recipe": recipe | ({"weights": "file"} if "weights" in held else {}),
             "validation": self.validation,
+            "content": held,
         }
-        return digest(without_defaults(data, defaults))
+        return digest(without_defaults(data, CELL_DEFAULTS[SCHEMA_VERSION]))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        data = {
             "model": self.model,
             "dataset": self.dataset,
             "recipe": self.recipe.to_dict(),
             "validation": self.validation,
+            "content": dict(self.content),
         }
+        return without_later(data, CELL_DEFAULTS)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Dense:
-        return Dense(**{**data, "recipe": Recipe.from_dict(data["recipe"])})
+        content = tuple(sorted(data.get("content", {}).items()))
+        return Dense(**{**data, "recipe": Recipe.from_dict(data["recipe"]), "content": content})
+
+
+def kind_of(dataset: str) -> str:
+    """`imagefolder` of `imagefolder:PATH`; of any other data set its name."""
+    kind = dataset.partition(":")[0]
+    return kind if kind in FOLDERS else dataset
 
 
 @dataclass(frozen=True)
@@ -103,7 +141,9 @@ class Cell:
     """One grid point without candidate and seed: what one correlation is computed over.
 
     `layers` is ((layer name, pruning ratio), ...) in network order. `sampling_seed` is set when
-    candidates are sampled, `pruner_seed` when the pruner draws.
+    candidates are sampled, `pruner_seed` when the pruner draws. With `scope` global a criterion ranks the units
+    of all layers together. `calibration` is how many samples data-driven criteria see. `content` is as a
+    dense model's, of a `pruner` that is a user's code.
     """
 
     dense: Dense
@@ -118,6 +158,9 @@ class Cell:
     candidate_mode: str = "all"
     sampling_seed: int | None = None
     pruner_seed: int | None = None
+    scope: str = "local"
+    calibration: int = 256
+    content: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def cell_id(self) -> str:
@@ -140,14 +183,16 @@ class Cell:
         data["dense"] = self.dense.to_dict()
         data["retrain"] = self.retrain.to_dict()
         data["layers"] = [list(layer) for layer in self.layers]
-        return data
+        data["content"] = dict(self.content)
+        return without_later(data, CELL_DEFAULTS)
 
     @staticmethod
     def from_json(text: str) -> Cell:
         data = json.loads(text)
         layers = tuple((str(name), float(ratio)) for name, ratio in data["layers"])
         dense, retrain = Dense.from_dict(data["dense"]), Recipe.from_dict(data["retrain"])
-        return Cell(**{**data, "dense": dense, "retrain": retrain, "layers": layers})
+        content = tuple(sorted(data.get("content", {}).items()))
+        return Cell(**{**data, "dense": dense, "retrain": retrain, "layers": layers, "content": content})
 
     def __str__(self) -> str:
         layers = "+".join(name for name, _ in self.layers)
@@ -158,6 +203,8 @@ class Cell:
             for value, default in (
                 (self.pruner_seed, None),
                 (self.granularity, "filter"),
+                (self.scope, "local"),
+                (self.schedule, "one-shot"),
                 (self.propagation, "exact"),
                 (self.precision, "fp32"),
             )
@@ -346,6 +393,7 @@ class Row:
     recipe: str
     candidate: int
     seed: int
+    scope: str | None
     status: str
     dense_sha256: str | None = None
     removed: tuple[Removed, ...] | None = None
@@ -354,6 +402,7 @@ class Row:
     dense_params: int | None = None
     dense_macs: int | None = None
     achieved_ratio: float | None = None
+    mask_sha256: str | None = None
     dense_train_loss: float | None = None
     dense_test_loss: float | None = None
     dense_test_accuracy: float | None = None
@@ -384,6 +433,12 @@ class Row:
     epoch_val_accuracy: tuple[float | None, ...] | None = None
     score_l1: float | None = None
     score_l2: float | None = None
+    score_taylor: float | None = None
+    score_hessian: float | None = None
+    score_fpgm: float | None = None
+    score_lamp: float | None = None
+    score_bn_scale: float | None = None
+    score_activation: float | None = None
     score_extra: tuple[tuple[str, float], ...] | None = None
     error_class: str | None = None
     error: str | None = None
@@ -397,6 +452,7 @@ class Row:
     peak_memory_bytes: int | None = None
     versions: str | None = None
     kept_network: str | None = None
+    skipped_samples: int | None = None
     started_at: dt.datetime | None = None
     finished_at: dt.datetime | None = None
 
@@ -423,6 +479,7 @@ def row_for(task: Task, status: str, measured: Mapping[str, Any]) -> Row:
         pruner=cell.pruner,
         propagation=cell.propagation,
         schedule=cell.schedule,
+        scope=cell.scope,
         precision=cell.precision,
         recipe_id=cell.retrain.recipe_id,
         recipe=cell.json,

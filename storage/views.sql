@@ -54,7 +54,10 @@ select sweep, cell_id, candidate, any_value(candidate_id) as candidate_id,
        round(over_seeds(last5_test_accuracy_mean, count(*)), 12) as last5_test_accuracy_mean, stddev_samp(last5_test_accuracy_mean) as last5_test_accuracy_mean_std,
        round(over_seeds(val_best_test_accuracy, count(*)), 12) as val_best_test_accuracy, stddev_samp(val_best_test_accuracy) as val_best_test_accuracy_std,
        over_seeds(val_best_test_loss, count(*)) as val_best_test_loss, stddev_samp(val_best_test_loss) as val_best_test_loss_std,
-       any_value(score_l1) as score_l1, any_value(score_l2) as score_l2,
+       any_value(score_l1) as score_l1, any_value(score_l2) as score_l2, any_value(score_taylor) as score_taylor,
+       any_value(score_hessian) as score_hessian, any_value(score_fpgm) as score_fpgm,
+       any_value(score_lamp) as score_lamp, any_value(score_bn_scale) as score_bn_scale,
+       any_value(score_activation) as score_activation,
        count(*) filter (where diverged) as n_diverged
 from tasks group by sweep, cell_id, candidate
 having count(*) filter (where status <> 'done') = 0;

@@ -54,8 +54,11 @@ CHANGES: dict[type, dict[str, Any]] = {
         "candidate_mode": "sample",
         "sampling_seed": 0,
         "pruner_seed": 0,
+        "scope": "global",
+        "calibration": 128,
+        "content": (("pruner", "ab"),),
     },
-    Dense: {"model": "lenet5", "dataset": "digits", "validation": 0.1},
+    Dense: {"model": "lenet5", "dataset": "digits", "validation": 0.1, "content": (("model", "ab"),)},
     Recipe: {
         "epochs": 31,
         "batch_size": 128,
@@ -65,6 +68,20 @@ CHANGES: dict[type, dict[str, Any]] = {
         "nesterov": True,
         "weight_decay": 0.5,
         "seed": 9,
+        "lr_schedule": "cosine",
+        "warmup_epochs": 5,
+        "final_lr": 1e-5,
+        "betas": (0.8, 0.9),
+        "label_smoothing": 0.1,
+        "clip_norm": 1.0,
+        "ema": 0.999,
+        "accumulate": 2,
+        "max_steps": 100,
+        "augment": False,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "lora_rank": 8,
+        "weights": "library",
     },
 }
 
@@ -124,6 +141,42 @@ def test_defaults_of_schema_1_are_frozen() -> None:
         "weight_decay": 0.0,
         "seed": None,
     }
+
+
+def test_defaults_of_schema_2_are_frozen() -> None:
+    """They are those of schema 1 and some more."""
+    assert CELL_DEFAULTS[2] == {**CELL_DEFAULTS[1], "scope": "local", "calibration": 256, "content": {}}
+    assert RECIPE_DEFAULTS[2] == {
+        **RECIPE_DEFAULTS[1],
+        "lr_schedule": "table",
+        "warmup_epochs": 0,
+        "final_lr": 0.0,
+        "betas": [0.9, 0.999],
+        "label_smoothing": 0.0,
+        "clip_norm": None,
+        "ema": None,
+        "accumulate": 1,
+        "max_steps": None,
+        "augment": True,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "lora_rank": None,
+        "weights": None,
+    }
+
+
+def test_files_enter_by_content() -> None:
+    """What lies in a folder or a file of weights is in the id, where it lies is not."""
+    weights = replace(DENSE.recipe, weights="/a/w.safetensors")
+    content = (("dataset", "d1"), ("weights", "w1"))
+    here = Dense("timm/x", "imagefolder:/a", weights, content=content)
+    there = replace(here, dataset="imagefolder:/b", recipe=replace(weights, weights="s3://b/w"))
+    assert here.dense_id == there.dense_id
+    assert replace(here, content=(("dataset", "d2"), ("weights", "w1"))).dense_id != here.dense_id
+    assert replace(here, content=(("dataset", "d1"), ("weights", "w2"))).dense_id != here.dense_id
+    assert replace(here, content=()).dense_id != here.dense_id
+    code = replace(DENSE, model="mine.nets:build", content=(("model", "c"),))
+    assert replace(code, model="mine.nets:other").dense_id != code.dense_id
 
 
 def test_a_field_said_at_its_default_leaves_the_id() -> None:
