@@ -21,6 +21,7 @@ class Pruner:
     enumerates: bool = False
     draws: bool = False
     criterion: str | None = None
+    needs_data: bool = False
 
 
 PRUNERS: Mapping[str, Pruner] = {
@@ -29,6 +30,33 @@ PRUNERS: Mapping[str, Pruner] = {
     "l2": Pruner("l2", criterion="l2"),
     "random": Pruner("random", draws=True),
 }
+
+
+def check_pruner(name: str) -> None:
+    """Raise ValueError for a name that is no pruner, with those there are."""
+    find_pruner(name)
+
+
+def find_pruner(name: str) -> Pruner:
+    """The pruner called `name`; `package.module:importance` is a criterion of a user's own. Raises ValueError."""
+    if name not in PRUNERS:
+        raise ValueError(f"unknown name {name!r}; allowed: {', '.join(PRUNERS)}")
+    return PRUNERS[name]
+
+
+def pruner_content(name: str) -> str | None:
+    """The hash of a pruner that is a user's code; None for any other."""
+    del name
+    return None
+
+
+def problem_of(pruner: str, scope: str, granularity: str, schedule: str) -> str | None:
+    """Why these do not go together; None where they do."""
+    if find_pruner(pruner).enumerates and scope == "global":
+        return f"{pruner} has candidates per layer: scope global is for criteria and random"
+    if find_pruner(pruner).enumerates and schedule != "one-shot":
+        return f"a candidate of {pruner} is removed at once: schedule {schedule} is for criteria and random"
+    return None
 
 
 def choose(
