@@ -1,5 +1,13 @@
 """Networks by name. Imports no other room; torch only to build one."""
 
-from models.registry import MODELS, build_model, input_shape, layer_units
+from models.registry import (
+    MODELS,
+    build_model,
+    check_model,
+    input_shape,
+    layer_units,
+    load_weights,
+    model_content,
+)
 
-__all__ = ["MODELS", "build_model", "input_shape", "layer_units"]
+__all__ = ["MODELS", "build_model", "check_model", "input_shape", "layer_units", "load_weights", "model_content"]

@@ -1,4 +1,7 @@
-"""The networks, as data: their layers are known without torch.
+"""The networks by name. Built-in ones are data: their layers are known without torch.
+
+Others are `torchvision/<name>` and `timm/<name>` (models.library), `hf/<path or id>` (models.multimodal) and a user's
+own `package.module:build` (models.own).
 
 lenet5_mini is the small LeNet5 of arXiv 2412.00143; `_wN` has N filters in conv1, `_dN` has N layers
 in all. The linear ones have no activation.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,7 +58,45 @@ class MLP:
         return f"fc{self.depth}"
 
 
-Architecture = LeNet5 | MLP
+@dataclass(frozen=True)
+class ResNet:
+    """A CIFAR ResNet of 6 * blocks + 2 layers, one stage per width.
+
+    Prunable are the first convolutions of its blocks. All others write to the shortcuts, where option A's zeros
+    have their places among the channels.
+    """
+
+    blocks: int
+    widths: tuple[int, ...] = (16, 32, 64)
+    input: None = None
+
+    def layers(self) -> dict[str, int]:
+        stages = enumerate(self.widths, 1)
+        return {f"layer{stage}.{block}.conv1": n for stage, n in stages for block in range(self.blocks)}
+
+    @property
+    def classifier(self) -> str:
+        return "fc"
+
+
+@dataclass(frozen=True)
+class VGG:
+    """A CIFAR VGG: `convs` convolutions in each stage of these widths."""
+
+    convs: tuple[int, ...]
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+    input: None = None
+
+    def layers(self) -> dict[str, int]:
+        units = [width for n, width in zip(self.convs, self.widths, strict=True) for _ in range(n)]
+        return {f"conv{i}": n for i, n in enumerate(units, 1)}
+
+    @property
+    def classifier(self) -> str:
+        return "fc"
+
+
+Architecture = LeNet5 | MLP | ResNet | VGG
 
 _MINI = LeNet5(convs=(10, 10, 10), hidden=(10,))
 _LENET5 = LeNet5(convs=(6, 16, 120), hidden=(84,))
@@ -79,31 +121,81 @@ MODELS: Mapping[str, Architecture] = {
     "mlp_7_linear": MLP(7, linear=True),
     "mlp_20_linear": MLP(20, linear=True),
     "mlp_50_linear": MLP(50, linear=True),
+    "resnet20": ResNet(3),
+    "resnet56": ResNet(9),
+    "resnet110": ResNet(18),
+    "vgg11": VGG((1, 1, 2, 2, 2)),
+    "vgg13": VGG((2, 2, 2, 2, 2)),
+    "vgg16": VGG((2, 2, 3, 3, 3)),
+    "vgg19": VGG((2, 2, 4, 4, 4)),
 }
 
 
+def check_model(name: str) -> None:
+    """Raise ValueError for a name that no network can have, with the nearest ones."""
+    if name in MODELS:
+        return
+    near = get_close_matches(name, MODELS, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"unknown model {name!r}; allowed: {', '.join(MODELS)}{meant}")
+
+
 def architecture(name: str) -> Architecture:
-    """The network called `name`. Raises KeyError, naming those there are."""
-    if name not in MODELS:
-        raise KeyError(f"no model {name}; there are {', '.join(MODELS)}")
+    """The built-in network called `name`. Raises ValueError, naming those there are."""
+    check_model(name)
     return MODELS[name]
 
 
 def layer_units(name: str) -> dict[str, int]:
-    """Prunable layer -> units, in network order; the classifier is not among them."""
+    """Prunable layer -> units, in network order; the classifier is not among them. Raises ValueError."""
     return architecture(name).layers()
 
 
-def input_shape(name: str) -> tuple[int, int, int]:
-    """(channels, height, width) of the input."""
+def input_shape(name: str) -> tuple[int, int, int] | None:
+    """(channels, height, width) of the input; None where the data set decides. Raises ValueError."""
     return architecture(name).input
 
 
-def build_model(name: str, classes: int) -> nn.Module:
-    """The network with freshly drawn weights (torch's global generator). Raises KeyError."""
-    from models import networks
+def build_model(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """The network for inputs [N, *shape] (channels, height, width), with freshly drawn weights.
 
+    They come from torch's global generator. Raises ValueError where there is no such network, or not for this shape.
+    """
     found = architecture(name)
+    if found.input not in (None, tuple(shape)):
+        raise ValueError(f"{name} takes inputs of {_times(found.input)}, not {_times(shape)}: take another data set")
+    return _built(found, classes, shape[0])
+
+
+def _built(found: Architecture, classes: int, channels: int) -> nn.Module:
+    from models import cifar, networks
+
+    if isinstance(found, ResNet):
+        return cifar.ResNet(found, classes, channels)
+    if isinstance(found, VGG):
+        return cifar.VGG(found, classes, channels)
     if isinstance(found, LeNet5):
         return networks.LeNet5(found, classes)
     return networks.MLP(found, classes)
+
+
+def load_weights(model: nn.Module, name: str, weights: str) -> None:
+    """Put given weights into a network: a local .safetensors or .pt file, or a URI of one.
+
+    Raises ValueError naming the file, what does not fit, and what to do.
+    """
+    from models.weights import load_file
+
+    if weights == "library":
+        raise ValueError(f"{name} has no pretrained weights of a library: give a file, or leave `weights` out")
+    load_file(model, weights)
+
+
+def model_content(name: str) -> str | None:
+    """A hash of the code or files that a network is made of, where they are a user's; else None."""
+    check_model(name)
+    return None
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

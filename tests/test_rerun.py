@@ -294,7 +294,7 @@ def test_dense_weights_that_are_gone_or_others(store: Store, rerun: Rerun) -> No
     file.unlink()
     code, out, err = rerun(row.task_id)
     assert (code, out) == (2, "") and f"task {row.task_id} cannot be run here: " in err
-    model = build_model("lenet5_mini", 10)
+    model = build_model("lenet5_mini", 10, (1, 32, 32))
     store.commit_dense(row.dense_id, packed(model.state_dict(), {}))
     code, out, err = rerun(row.task_id)
     assert (code, out) == (2, "") and "was pruned from other dense weights than the store has now" in err
@@ -331,7 +331,7 @@ def test_a_precision_that_this_device_lacks(store: Store, rerun: Rerun, monkeypa
 def test_data_that_is_not_there(store: Store, rerun: Rerun) -> None:
     """A data root without the task's data set is a person's mistake, told with how to fetch it."""
     task, first = tasks(ORACLE, 1)[0], rows(store)[0]
-    model = build_model("lenet5_mini", 10)
+    model = build_model("lenet5_mini", 10, (1, 32, 32))
     name = store.commit_dense(DENSE.dense_id, packed(model.state_dict(), {}))
     dense = store.dense(DENSE.dense_id)
     assert dense is not None and dense.name == name

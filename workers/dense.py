@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from models import build_model
+from models import build_model, load_weights
 from workers.backends import open_backend
 from workers.datasets import DATASETS
+from workers.rates import planned_epochs
 from workers.streams import seeded
 from workers.training import train
 from workers.weights import packed
@@ -29,7 +30,17 @@ class Diverged(Exception):
 def initial_model(dense: Dense) -> nn.Module:
     """The untrained network of a dense model, its weights drawn from the stream `init`."""
     with seeded(dense.dataset, dense.recipe.seed or 0, "init"):
-        return build_model(dense.model, DATASETS[dense.dataset].classes)
+        dataset = DATASETS[dense.dataset]
+        return build_model(dense.model, dataset.classes, dataset.shape)
+
+
+def starting_model(dense: Dense) -> nn.Module:
+    """What the training of a dense model starts from: its recipe's weights, or the untrained network. Raises
+    ValueError where the weights do not fit it."""
+    model, weights = initial_model(dense), dense.recipe.weights
+    if weights is not None:
+        load_weights(model, dense.model, weights)
+    return model
 
 
 def train_dense(
@@ -39,7 +50,7 @@ def train_dense(
 
     The content depends on the weights and what they achieve only. Raises Diverged, or Stopped.
     """
-    recipe, model = dense.recipe, initial_model(dense)
+    recipe, model = dense.recipe, starting_model(dense)
     with closing(open_backend(execution, [model], recipe, accelerator, DATASETS[dense.dataset].shape)) as backend:
         (epochs,) = train(
             backend,
@@ -50,16 +61,17 @@ def train_dense(
             stream="dense",
             checkpoint=checkpoint,
         )
-        (on_train,) = backend.measure(data.train)
-    if len(epochs) < recipe.epochs or on_train.loss != on_train.loss:
+        ((on_train,), (on_test,)) = backend.measure(data.train), backend.measure(data.test)
+        (trained,) = backend.networks
+    if len(epochs) < planned_epochs(recipe, len(data.train)) or on_train.loss != on_train.loss:
         raise Diverged(f"training {dense.model} on {dense.dataset} diverged in epoch {len(epochs)}")
     about = {
         "dense": dense.to_dict(),
         "train_loss": on_train.loss,
-        "test_loss": epochs[-1].test.loss,
-        "test_accuracy": epochs[-1].test.accuracy,
+        "test_loss": on_test.loss,
+        "test_accuracy": on_test.accuracy,
     }
-    return packed(model.state_dict(), about)
+    return packed(trained.state_dict(), about)
 
 
 def load_dense(dense: Dense, content: bytes) -> nn.Module:

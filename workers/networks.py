@@ -17,15 +17,22 @@ if TYPE_CHECKING:
 
 
 def network_file(
-    state: Mapping[str, torch.Tensor], task: Task, removed: Mapping[str, Sequence[int]], classes: int
+    state: Mapping[str, torch.Tensor],
+    task: Task,
+    removed: Mapping[str, Sequence[int]],
+    classes: int,
+    shape: Sequence[int],
 ) -> bytes:
-    """The content of a kept network's file: its weights, and what is needed to build it again."""
+    """The content of a kept network's file: its weights, and what is needed to build it again; `shape` is the
+    inputs' (channels, height, width).
+    """
     from workers.weights import packed
 
     about = {
         "task_id": task.task_id,
         "model": task.cell.dense.model,
         "classes": classes,
+        "shape": list(shape),
         "removed": {layer: list(units) for layer, units in removed.items()},
     }
     return packed(state, about)
@@ -49,8 +56,9 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"{path} is no kept network")
     name, removed = str(about["model"]), about["removed"]
     assert isinstance(removed, dict) and isinstance(about["classes"], int)
-    example = torch.zeros(1, *input_shape(name))
+    channels, height, width = about.get("shape") or input_shape(name) or (3, 32, 32)
+    shape = channels, height, width
     with torch.random.fork_rng():
-        model = prune(build_model(name, about["classes"]), removed, example)
+        model = prune(build_model(name, about["classes"], shape), removed, torch.zeros(1, *shape))
     model.load_state_dict(load(content))
     return model.eval()

@@ -29,6 +29,7 @@ from workers.datasets import DATASETS
 from workers.execution import arithmetic, library_versions
 from workers.measures import Epoch
 from workers.networks import network_file
+from workers.rates import planned_epochs
 from workers.streams import seeded
 from workers.training import train
 from workers.weights import portable
@@ -202,14 +203,18 @@ def retrain_and_measure(
         watchers=keepers,
         checkpoint=worker.checkpoint(tasks[0].task_id, about),
     )
-    ends = backend.measure(worker.loss_set(cell))
+    ends, planned = (
+        backend.measure(worker.loss_set(cell)),
+        planned_epochs(cell.retrain, len(worker.data(cell.dense).train)),
+    )
     made = []
     for task, slot, before in zip(tasks, slots, pruned, strict=True):
-        columns = curves(members[slot], cell.retrain.epochs) | outcome(members[slot], cell.retrain.epochs)
+        columns = curves(members[slot], planned) | outcome(members[slot], planned)
         if not columns["diverged"]:
             columns["last_train_loss"] = ends[slot].loss
-        weights, classes = keepers[slot].weights, DATASETS[cell.dense.dataset].classes
-        made.append((columns, weights and network_file(weights, task, before.removed, classes)))
+        weights, dataset = keepers[slot].weights, DATASETS[cell.dense.dataset]
+        file = weights and network_file(weights, task, before.removed, dataset.classes, dataset.shape)
+        made.append((columns, file))
     return made
 
 
