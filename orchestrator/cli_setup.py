@@ -67,20 +67,24 @@ def prefetch(datasets: tuple[str, ...], data_root: str) -> None:
     \b
     prunesweep prefetch mnist fmnist --data-root /shared/data
     """
-    from orchestrator.documents import nearest
-    from workers.datasets import DATASETS
+    from workers.datasets import check_dataset
 
     for name in datasets:
-        if name not in DATASETS:
-            raise UserError(f"no data set {name}; there are: {', '.join(DATASETS)}{nearest(name, DATASETS)}")
+        try:
+            check_dataset(name)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     for name in datasets:
         click.echo(_fetch(name, absolute(data_root)), err=True)
 
 
 def _fetch(name: str, data_root: str) -> str:
-    from workers.datasets import DATASETS
+    from workers.datasets import find_dataset
 
-    dataset = DATASETS[name]
+    try:
+        dataset = find_dataset(name, data_root)
+    except ValueError as error:
+        raise UserError(f"{error}; prefetch cannot download it") from None
     if not dataset.files:
         return f"{name}: nothing to download"
     if not dataset.missing(data_root):
@@ -94,7 +98,7 @@ def _fetch(name: str, data_root: str) -> str:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot download {name} into {data_root}: {reason}. Is this machine online? "
-            f"Otherwise copy torchvision's {dataset.source}/raw there"
+            f"Otherwise copy torchvision's {dataset.folder} there"
         ) from error
     return f"{name}: downloaded to {data_root}"
 

@@ -22,7 +22,7 @@ from storage.errors import StoreError
 from storage.identity import join_id
 from storage.manifest import REPEATING, Manifest, plan_batches
 from storage.records import Cell, Dense, Shard, Tasks
-from workers.datasets import DATASETS, missing_message
+from workers.datasets import find_dataset, missing_message
 
 if TYPE_CHECKING:
     from storage.store import Store
@@ -131,9 +131,13 @@ def check(document: Document) -> SweepSpec:
 
 
 def check_data(datasets: Iterable[str], data_root: str) -> None:
-    """Raise UserError, saying how to get it, where a data set's files are not under `data_root`."""
+    """Raise UserError, saying where it was looked for and how to get it, where a data set cannot be had."""
     for name in datasets:
-        if DATASETS[name].missing(data_root):
+        try:
+            missing = find_dataset(name, data_root).missing(data_root)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if missing:
             raise UserError(missing_message(name, data_root))
 
 

@@ -1,67 +1,138 @@
-"""Data sets by name, as tensors that live on the device, prepared once per process.
+"""Data sets by name, as tensors that live on the device, prepared once per process, or as files read as they
+are needed.
 
 What a plan needs to know of one (shape, classes, samples, where its files are) needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import difflib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from storage.identity import FOLDERS
+from workers.augment import crop_and_flip
 from workers.streams import generator
 
 if TYPE_CHECKING:
     import torch
 
+    from workers.augment import Draws
 
-class DataMissing(Exception):
+
+Minibatch = tuple[int, "torch.Tensor"]
+"""A minibatch's number in its epoch, from 0, and the indices of its samples."""
+
+
+class DataMissing(ValueError):
     """A data set's files are not under the data root."""
+
+
+class Samples(Protocol):
+    """Samples of a data set, wherever they are: in memory (Split), or read as they are needed."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, indices: torch.Tensor) -> Samples:
+        """Those at `indices` [n], in that order."""
+        ...
+
+    def to(self, device: torch.device) -> Samples:
+        """The same, giving tensors on `device`."""
+        ...
+
+    def in_order(self, batch: int) -> Iterator[Split]:
+        """All of them, `batch` at a time, as they are for evaluation."""
+        ...
+
+    def minibatches(
+        self, order: Sequence[Minibatch], draws: Draws | None
+    ) -> Iterator[tuple[Split, torch.Tensor | None]]:
+        """For each minibatch in `order` what a back-end's step takes: (samples, indices of those
+        meant), or the minibatch itself and None. Augmented by `draws`, where there are any."""
+        ...
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images [N, C, H, W], normalised, float32; labels [N], int64."""
+    """Samples in memory. `images` are [N, C, H, W], normalised, float32, or a mapping of tensors [N, ...] for a
+    network that takes several; `labels` are [N], int64, or soft [N, classes], or of text [N, T], -100 where none.
+    With `pad`, [C], training crops and flips: that is what lies around an image."""
 
-    images: torch.Tensor
+    images: Any
     labels: torch.Tensor
+    pad: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def at(self, indices: torch.Tensor) -> Split:
-        return Split(self.images[indices], self.labels[indices])
+        chosen = indices.to(self.labels.device)
+        return self._each(lambda tensor: tensor[chosen])
 
     def to(self, device: torch.device) -> Split:
-        return Split(self.images.to(device), self.labels.to(device))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def in_order(self, batch: int) -> Iterator[Split]:
+        for start in range(0, len(self), batch):
+            yield self._each(lambda tensor, start=start: tensor[start : start + batch])
+
+    def minibatches(
+        self, order: Sequence[Minibatch], draws: Draws | None
+    ) -> Iterator[tuple[Split, torch.Tensor | None]]:
+        """In place where there is nothing to augment: a back-end reads what it needs."""
+        for number, indices in order:
+            if self.pad is None or draws is None:
+                yield self, indices.to(self.labels.device)
+            else:
+                batch = self.at(indices)
+                yield replace(batch, images=crop_and_flip(batch.images, self.pad, draws.of_minibatch(number))), None
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Split:
+        if isinstance(self.images, Mapping):
+            changed = {name: change(tensor) for name, tensor in self.images.items()}
+        else:
+            changed = change(self.images)
+        return replace(self, images=changed, labels=change(self.labels))
 
 
 @dataclass(frozen=True)
 class Data:
-    """A prepared data set; `validation` is what was held out of the train set, possibly empty."""
+    """A prepared data set; `validation` is what was held out of the train set, possibly empty. `skipped` samples
+    could not be read."""
 
-    train: Split
-    validation: Split
-    test: Split
+    train: Samples
+    validation: Samples
+    test: Samples
+    classes: int
+    skipped: int = 0
+
+
+Shape = tuple[int, int, int]
+Color = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set the grid can name. `files` are those it needs under the data root."""
+    """A data set the grid can name. `files` are those it needs under the data root; `source` is torchvision's
+    name for what can fetch them, `folder` where they then lie."""
 
     name: str
-    load: Callable[[Path], tuple[Split, Split]]
+    load: Callable[[Path], tuple[Samples, Samples]]
     train_size: int
     test_size: int
-    shape: tuple[int, int, int] = (1, 32, 32)
+    shape: Shape = (1, 32, 32)
     classes: int = 10
     files: tuple[str, ...] = ()
     source: str | None = None
-    mean_std: tuple[float, float] | None = None
+    folder: str | None = None
+    skipped: int = 0
 
     def missing(self, data_root: str | Path) -> list[str]:
-        """The files it needs that are not under `data_root`."""
+        """Those of `files` that are not under `data_root`."""
         return [name for name in self.files if not (Path(data_root) / name).exists()]
 
 
@@ -69,7 +140,7 @@ def _mnist_like(name: str, source: str, mean: float, std: float) -> Dataset:
     parts = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     needed = tuple(f"{source}/raw/{part}-ubyte" for part in parts)
     load = lambda root: _load_mnist_like(source, mean, std, root)  # noqa: E731
-    return Dataset(name, load, 60_000, 10_000, files=needed, source=source, mean_std=(mean, std))
+    return Dataset(name, load, 60_000, 10_000, files=needed, source=source, folder=f"{source}/raw")
 
 
 def _load_mnist_like(source: str, mean: float, std: float, root: Path) -> tuple[Split, Split]:
@@ -83,6 +154,44 @@ def _load_mnist_like(source: str, mean: float, std: float, root: Path) -> tuple[
         return Split(resized.float().div_(255).sub_(mean).div_(std), raw.targets.clone())
 
     return split(True), split(False)
+
+
+def _cifar(name: str, classes: int, folder: str, parts: Sequence[str], mean: Color, std: Color) -> Dataset:
+    source = name.upper()
+    load = lambda root: _load_cifar(source, folder, mean, std, root)  # noqa: E731
+    needed = tuple(f"{folder}/{part}" for part in parts)
+    return Dataset(name, load, 50_000, 10_000, (3, 32, 32), classes, needed, source, folder)
+
+
+def _load_cifar(source: str, folder: str, mean: Color, std: Color, root: Path) -> tuple[Split, Split]:
+    """32x32 bytes, normalised per channel; training crops with 4 black pixels around, and flips.
+
+    Raises ValueError where torchvision finds the files damaged.
+    """
+    import torch
+    from torchvision import datasets
+
+    def split(train: bool) -> Split:
+        try:
+            raw = getattr(datasets, source)(root, train=train, download=False)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the files in {root / folder} are damaged; remove them and run "
+                f"`prunesweep prefetch {source.lower()} --data-root {root}`"
+            ) from error
+        return normalised(torch.from_numpy(raw.data).permute(0, 3, 1, 2), torch.tensor(raw.targets), mean, std)
+
+    return split(True), split(False)
+
+
+def normalised(images: torch.Tensor, labels: torch.Tensor, mean: Color, std: Color) -> Split:
+    """Bytes [N, C, H, W] as samples in memory that training crops and flips, with black around them."""
+    import torch
+
+    shape = (1, len(mean), 1, 1)
+    floats = images.float().contiguous().div_(255)
+    floats.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+    return Split(floats, labels.long(), tuple(-m / s for m, s in zip(mean, std, strict=True)))
 
 
 def _load_digits(_: Path) -> tuple[Split, Split]:
@@ -123,7 +232,91 @@ DATASETS: Mapping[str, Dataset] = {
     "fmnist": _mnist_like("fmnist", "FashionMNIST", 0.2860, 0.3530),
     "kmnist": _mnist_like("kmnist", "KMNIST", 0.1918, 0.3483),
     "synthetic": Dataset("synthetic", _load_synthetic, 512, 256),
+    "cifar10": _cifar(
+        "cifar10",
+        10,
+        "cifar-10-batches-py",
+        ("batches.meta", *(f"data_batch_{i}" for i in range(1, 6)), "test_batch"),
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+    ),
+    "cifar100": _cifar(
+        "cifar100",
+        100,
+        "cifar-100-python",
+        ("meta", "train", "test"),
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+    ),
 }
+"""Those built in. Others are found by what their names say: `find_dataset`."""
+
+OTHERS = ("imagenet", "imagefolder:PATH", "llava:PATH", "package.module:load")
+
+
+def check_dataset(name: str) -> None:
+    """Raise ValueError for a name that no data set can have. Looks at no file."""
+    if name in DATASETS or name == "imagenet":
+        return
+    kind, colon, rest = name.partition(":")
+    if colon and kind in FOLDERS:
+        if not rest:
+            raise ValueError(f"{name!r} names no folder; write {kind}:PATH, relative to the data root or absolute")
+        return
+    from usercode import is_code
+
+    if not is_code(name):
+        close = difflib.get_close_matches(name, [*DATASETS, "imagenet"], 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown name {name!r}; allowed: {', '.join([*DATASETS, *OTHERS])}{meant}")
+
+
+def find_dataset(name: str, data_root: str | Path | None = None) -> Dataset:
+    """The data set called `name`; folders and a user's code are looked at, under `data_root` (without one,
+    PRUNESWEEP_DATA_ROOT, then `data`).
+
+    Raises ValueError where there is none or it cannot be used; DataMissing where its folder is not there.
+    """
+    check_dataset(name)
+    if name in DATASETS:
+        return DATASETS[name]
+    root = root_or_default(data_root)
+    kind, _, path = name.partition(":")
+    if kind == "llava":
+        from workers.multimodal import find_llava
+
+        return find_llava(str(root / Path(path).expanduser()))
+    if kind in ("imagefolder", "imagenet"):
+        from workers.images import find_folder
+
+        return find_folder(name, root / Path(path or name).expanduser())
+    from workers.userdata import find_user_dataset
+
+    return find_user_dataset(name, root)
+
+
+def dataset_content(name: str, data_root: str | Path | None = None) -> str | None:
+    """The hash (16 hex digits) of what a folder holds, or of a user's code; None for a data set built in."""
+    if name in DATASETS:
+        return None
+    root = root_or_default(data_root)
+    kind, _, path = name.partition(":")
+    if kind == "llava":
+        from workers.multimodal import llava_content
+
+        return llava_content(str(root / Path(path).expanduser()))
+    if kind in ("imagefolder", "imagenet"):
+        from workers.images import folder_content
+
+        return folder_content(name, root / Path(path or name).expanduser())
+    from usercode import fingerprint
+
+    return fingerprint(name)
+
+
+def root_or_default(data_root: str | Path | None) -> Path:
+    """`data_root`, or the environment's, as an absolute path."""
+    return Path(data_root or os.environ.get("PRUNESWEEP_DATA_ROOT") or "data").expanduser().absolute()
 
 
 def prepare(name: str, data_root: str | Path, validation: float, device: torch.device) -> Data:
@@ -133,21 +326,20 @@ def prepare(name: str, data_root: str | Path, validation: float, device: torch.d
     """
     import torch
 
-    dataset = DATASETS[name]
-    missing = dataset.missing(data_root)
-    if missing:
+    dataset = find_dataset(name, data_root)
+    if dataset.missing(data_root):
         raise DataMissing(missing_message(name, data_root))
     train, test = dataset.load(Path(data_root))
     order = torch.randperm(len(train), generator=generator(name, 0, "validation"))
     held = int(len(train) * validation)
-    # With nothing held out the train set keeps the order of its files.
-    rest = order[held:].sort().values
-    return Data(train.at(rest).to(device), train.at(order[:held]).to(device), test.to(device))
+    # With nothing held out the train set keeps the order of its files, and its memory.
+    rest = train.at(order[held:].sort().values) if held else train
+    return Data(rest.to(device), train.at(order[:held]).to(device), test.to(device), dataset.classes, dataset.skipped)
 
 
 def missing_message(name: str, data_root: str | Path) -> str:
     """What to tell a person whose data is not there."""
-    where = f"{Path(data_root) / DATASETS[name].missing(data_root)[0]}"
+    where = f"{Path(data_root) / find_dataset(name, data_root).missing(data_root)[0]}"
     return (
         f"the data set {name} is not under {data_root} (looked for {where}); "
         f"fetch it with `prunesweep prefetch {name} --data-root {data_root}`, "

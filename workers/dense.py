@@ -9,7 +9,7 @@ from torch import nn
 
 from models import build_model, load_weights
 from workers.backends import open_backend
-from workers.datasets import DATASETS
+from workers.datasets import find_dataset
 from workers.rates import planned_epochs
 from workers.streams import seeded
 from workers.training import train
@@ -27,31 +27,37 @@ class Diverged(Exception):
     """The dense model's loss left the finite numbers: there is nothing to prune."""
 
 
-def initial_model(dense: Dense) -> nn.Module:
+def initial_model(dense: Dense, data_root: str | None = None) -> nn.Module:
     """The untrained network of a dense model, its weights drawn from the stream `init`."""
     with seeded(dense.dataset, dense.recipe.seed or 0, "init"):
-        dataset = DATASETS[dense.dataset]
+        dataset = find_dataset(dense.dataset, data_root)
         return build_model(dense.model, dataset.classes, dataset.shape)
 
 
-def starting_model(dense: Dense) -> nn.Module:
+def starting_model(dense: Dense, data_root: str | None = None) -> nn.Module:
     """What the training of a dense model starts from: its recipe's weights, or the untrained network. Raises
     ValueError where the weights do not fit it."""
-    model, weights = initial_model(dense), dense.recipe.weights
+    model, weights = initial_model(dense, data_root), dense.recipe.weights
     if weights is not None:
         load_weights(model, dense.model, weights)
     return model
 
 
 def train_dense(
-    dense: Dense, data: Data, accelerator: Accelerator, execution: Execution, checkpoint: Checkpoint | None = None
+    dense: Dense,
+    data: Data,
+    accelerator: Accelerator,
+    execution: Execution,
+    checkpoint: Checkpoint | None = None,
+    data_root: str | None = None,
 ) -> bytes:
     """Train a dense model and return it as the content of a safetensors file.
 
     The content depends on the weights and what they achieve only. Raises Diverged, or Stopped.
     """
-    recipe, model = dense.recipe, starting_model(dense)
-    with closing(open_backend(execution, [model], recipe, accelerator, DATASETS[dense.dataset].shape)) as backend:
+    recipe, model = dense.recipe, starting_model(dense, data_root)
+    shape = find_dataset(dense.dataset, data_root).shape
+    with closing(open_backend(execution, [model], recipe, accelerator, shape)) as backend:
         (epochs,) = train(
             backend,
             data,
@@ -74,10 +80,10 @@ def train_dense(
     return packed(trained.state_dict(), about)
 
 
-def load_dense(dense: Dense, content: bytes) -> nn.Module:
+def load_dense(dense: Dense, content: bytes, data_root: str | None = None) -> nn.Module:
     """The dense model of a file's content, on the CPU, in eval mode."""
     from safetensors.torch import load
 
-    model = initial_model(dense)
+    model = initial_model(dense, data_root)
     model.load_state_dict(load(content))
     return model.eval()
