@@ -25,7 +25,7 @@ from storage.identity import canonical_json
 from storage.records import Removed, Row, row_for, utc_now
 from workers.backends import open_backend
 from workers.checkpoints import State
-from workers.datasets import DATASETS
+from workers.datasets import find_dataset
 from workers.execution import arithmetic, library_versions
 from workers.measures import Epoch
 from workers.networks import network_file
@@ -79,7 +79,7 @@ def run_and_return(
         pruned, seconds_prune = timed(lambda: [prune_task(task, dense, worker) for task in tasks])
         slots = [task.candidate % execution.fleet for task in tasks]
         networks = in_slots([p.network for p in pruned], slots, execution.fleet)
-        shape = DATASETS[cell.dense.dataset].shape
+        shape = find_dataset(cell.dense.dataset, worker.data_root).shape
         with closing(open_backend(execution, networks, cell.retrain, worker.accelerator, shape)) as backend:
             before, seconds_measure = timed(lambda: measure_before(backend, cell, worker))
             after, seconds_retrain = timed(lambda: retrain_and_measure(tasks, slots, pruned, backend, worker, keep))
@@ -212,7 +212,7 @@ def retrain_and_measure(
         columns = curves(members[slot], planned) | outcome(members[slot], planned)
         if not columns["diverged"]:
             columns["last_train_loss"] = ends[slot].loss
-        weights, dataset = keepers[slot].weights, DATASETS[cell.dense.dataset]
+        weights, dataset = keepers[slot].weights, find_dataset(cell.dense.dataset, worker.data_root)
         file = weights and network_file(weights, task, before.removed, dataset.classes, dataset.shape)
         made.append((columns, file))
     return made
