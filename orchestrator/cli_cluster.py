@@ -53,7 +53,7 @@ def submit(
     from storage.store import Store
 
     document = read_spec(spec, overrides)
-    checked = check(document)
+    checked = check(document, absolute(data_root))
     opened = Store(store)
     location = opened.absolute
     server = _needed(address)

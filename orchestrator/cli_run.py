@@ -195,13 +195,13 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
     from storage.store import Store
 
     document = read_spec(spec, overrides)
-    checked = check(document)
+    checked = check(document, absolute(data_root))
     opened = Store(store)
     try:
         check_data(checked.grid.dataset, absolute(data_root))
     except UserError as error:
         click.echo(f"warning: {error}", err=True)  # the cluster that runs it may have them
-    found = plan_of_spec(opened, checked, document)
+    found = plan_of_spec(opened, checked, document, absolute(data_root))
     emit(pa.Table.from_pylist(_cell_lines(found)), form, output)
     cost = estimate(opened, found)
     known = f"about {duration(cost.worker_seconds)} of one worker"

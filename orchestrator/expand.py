@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import product
+from pathlib import Path
 
-from models.registry import layer_units
+from models.registry import input_shape, layer_units, model_content
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
-from orchestrator.spec import Retraining, SweepSpec
+from orchestrator.spec import DenseTraining, Retraining, SweepSpec
 from pruners.candidates import MAX_ALL, Space, n_removed
-from pruners.pruners import PRUNERS
-from storage.records import Cell, Dense, Task
-from workers.datasets import DATASETS
+from pruners.pruners import find_pruner, problem_of, pruner_content
+from storage.identity import CELL_DEFAULTS, SCHEMA_VERSION
+from storage.records import Cell, Dense, Recipe, Task
+from workers.datasets import DataMissing, dataset_content, find_dataset
 
 Layers = tuple[tuple[str, float], ...]
+CALIBRATION = int(CELL_DEFAULTS[SCHEMA_VERSION]["calibration"])
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def cells(spec: SweepSpec, document: Document) -> Iterator[Cell]:
+def cells(spec: SweepSpec, document: Document, data_root: str | None = None) -> Iterator[Cell]:
     """The cells of the grid, each once. Raises UserError for a point that cannot be."""
     seen: set[str] = set()
-    for cell in _grid(spec, document):
+    for cell in _grid(spec, document, data_root):
         if cell.cell_id not in seen:
             seen.add(cell.cell_id)
             yield cell
 
 
-def _grid(spec: SweepSpec, document: Document) -> Iterator[Cell]:
+def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterator[Cell]:
     grid = spec.grid
-    denses = itertools.product(grid.model, grid.dataset, spec.dense)
-    for model, dataset, dense_training in denses:
-        recipe = dense_training.recipe(dense_training.seed)
-        dense = Dense(model, dataset, recipe, spec.validation)
-        for layers, pruner, pruner_seed, granularity, propagation, precision, retrain in itertools.product(
-            _layer_points(spec, model, document),
-            grid.pruner,
-            grid.pruner_seed,
-            grid.granularity,
-            grid.propagation,
-            grid.precision,
-            spec.retrain,
+    for model, dataset, dense_training in product(grid.model, grid.dataset, spec.dense):
+        _check_input(model, dataset, data_root, document)
+        content = _content(model=model_content(model), dataset=dataset_content(dataset, data_root))
+        recipe, weights = _recipe_and_weights(dense_training, document)
+        dense = Dense(model, dataset, recipe, spec.validation, (*content, *weights))
+        axes = (grid.pruner, grid.pruner_seed, grid.granularity, grid.scope, grid.schedule, grid.propagation)
+        for layers, pruner, pruner_seed, granularity, scope, schedule, propagation, precision, retrain in product(
+            _layer_points(spec, model, document), *axes, grid.precision, spec.retrain
         ):
-            kind = PRUNERS[pruner]
+            if problem := problem_of(pruner, scope, granularity, schedule):
+                raise UserError(f"{document.where(('grid', 'pruner'))}: grid.pruner: {problem}")
+            kind = find_pruner(pruner)
             sampled = kind.enumerates and spec.candidates.mode == "sample"
             cell = Cell(
                 dense=dense,
@@ -50,8 +54,12 @@ def _grid(spec: SweepSpec, document: Document) -> Iterator[Cell]:
                 pruner=pruner,
                 retrain=retrain.recipe(),
                 granularity=granularity,
+                scope=scope,
+                schedule=schedule,
                 propagation=propagation,
                 precision=precision,
+                calibration=spec.calibration if kind.needs_data else CALIBRATION,
+                content=_content(pruner=pruner_content(pruner)),
                 loss_subset=spec.loss_subset,
                 candidate_mode="sample" if sampled else "all",
                 sampling_seed=spec.candidates.seed if sampled else None,
@@ -61,9 +69,54 @@ def _grid(spec: SweepSpec, document: Document) -> Iterator[Cell]:
             yield cell
 
 
+Content = tuple[tuple[str, str], ...]
+
+
+def _recipe_and_weights(training: DenseTraining, document: Document) -> tuple[Recipe, Content]:
+    """A dense recipe, its file of weights by absolute path; and that file's content."""
+    recipe, path = training.recipe(), weights_file(training.weights)
+    if path is None:
+        return recipe, ()
+    if not path.is_file():
+        where = document.where(("dense",))
+        raise UserError(f"{where}: dense.weights: there is no file {path} (a name of the library's has no suffix)")
+    return replace(recipe, weights=str(path.absolute())), _content(weights=_sha256(path))
+
+
+def weights_file(weights: str | None) -> Path | None:
+    """The local file that `weights` names; None for a name of the library's, and for a URI."""
+    if weights is None or "://" in weights:
+        return None
+    return Path(weights).expanduser() if weights.endswith(WEIGHT_FILES) else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _content(**hashes: str | None) -> Content:
+    """What is known by content, in the records' form."""
+    return tuple(sorted((name, value) for name, value in hashes.items() if value))
+
+
+def _check_input(model: str, dataset: str, data_root: str | None, document: Document) -> None:
+    try:
+        given = find_dataset(dataset, data_root).shape
+    except (ValueError, DataMissing) as error:
+        raise UserError(f"{document.where(('grid', 'dataset'))}: grid.dataset: {error}") from None
+    wanted = input_shape(model)
+    if wanted is not None and wanted != given:
+        shapes = ["x".join(map(str, shape)) for shape in (wanted, given)]
+        where = document.where(("grid", "dataset"))
+        raise UserError(
+            f"{where}: grid.dataset: {model} takes samples of {shapes[0]}, those of {dataset} are {shapes[1]}"
+        )
+
+
 def candidate_count(cell: Cell, sample_count: int | None) -> int:
     """How many candidates of a cell a sweep plans."""
-    if not PRUNERS[cell.pruner].enumerates:
+    if not find_pruner(cell.pruner).enumerates:
         return 1
     if cell.candidate_mode == "sample":
         assert sample_count is not None
@@ -86,14 +139,15 @@ def tasks(spec: SweepSpec, document: Document) -> Iterator[Task]:
                 yield Task(cell, candidate, seed)
 
 
-def check_data_fits(spec: SweepSpec, document: Document) -> None:
+def check_data_fits(spec: SweepSpec, document: Document, data_root: str | None = None) -> None:
     """Raise UserError where the validation part or the loss subset does not fit a data set."""
     for name in spec.grid.dataset:
-        held = int(DATASETS[name].train_size * spec.validation)
+        size = find_dataset(name, data_root).train_size
+        held = int(size * spec.validation)
         if spec.validation and not held:
             where = document.where(("validation",))
             raise UserError(f"{where}: validation: {spec.validation} holds out nothing of {name}")
-        largest = DATASETS[name].train_size - held
+        largest = size - held
         if spec.loss_subset is not None and spec.loss_subset > largest:
             where = document.where(("loss_subset",))
             raise UserError(f"{where}: loss_subset: {spec.loss_subset} of {largest} train samples of {name}")
@@ -147,7 +201,14 @@ def _removing_some(model: str, layers: Layers, fail: Callable[[str], UserError])
 
 
 def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
-    if not PRUNERS[cell.pruner].enumerates:
+    if not find_pruner(cell.pruner).enumerates:
+        return
+    if cell.granularity == "weight":
+        if cell.candidate_mode == "all":
+            where = document.where(("candidates",))
+            raise UserError(
+                f"{where}: candidates: of single weights there are too many: use {{mode: sample, count: N}}"
+            )
         return
     size = space_of(cell).size
     if cell.candidate_mode == "all" and size > MAX_ALL:

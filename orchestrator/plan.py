@@ -67,11 +67,12 @@ class Plan:
         return sum(len(shard.tasks) for shard in self.shards)
 
 
-def planned(spec: SweepSpec, document: Document) -> Iterator[Shard]:
+def planned(spec: SweepSpec, document: Document, data_root: str | None = None) -> Iterator[Shard]:
     """Every task of a spec in its shard, in the order of the grid: cell, candidate, seed."""
-    counts = [expand.candidate_count(cell, spec.candidates.count) for cell in expand.cells(spec, document)]
+    cells = list(expand.cells(spec, document, data_root))
+    counts = [expand.candidate_count(cell, spec.candidates.count) for cell in cells]
     block = block_size(spec, sum(counts))
-    for cell, count in zip(expand.cells(spec, document), counts, strict=True):
+    for cell, count in zip(cells, counts, strict=True):
         for first in range(0, count, block):
             pairs = product(range(first, min(first + block, count)), spec.grid.seed)
             yield Shard(shard_id(cell.cell_id, first, block), Tasks.from_pairs(cell, pairs), block=block)
@@ -121,12 +122,12 @@ class Codes:
         return Codes(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
 
 
-def check(document: Document) -> SweepSpec:
+def check(document: Document, data_root: str | None = None) -> SweepSpec:
     """The spec of a document, checked to the last cell. Raises UserError."""
     spec = load_spec(document)
-    for _ in expand.cells(spec, document):
+    for _ in expand.cells(spec, document, data_root):
         pass
-    expand.check_data_fits(spec, document)
+    expand.check_data_fits(spec, document, data_root)
     return spec
 
 
@@ -206,9 +207,9 @@ def missing_denses(store: Store, shards: Iterable[Shard]) -> tuple[Dense, ...]:
     return tuple(dense for dense_id, dense in needed.items() if dense_id not in there)
 
 
-def plan_of_spec(store: Store, spec: SweepSpec, document: Document) -> Plan:
+def plan_of_spec(store: Store, spec: SweepSpec, document: Document, data_root: str | None = None) -> Plan:
     """The plan of a spec that has not been recorded yet."""
-    batches = (_for_a_plan(batch) for batch in plan_batches(planned(spec, document)))
+    batches = (_for_a_plan(batch) for batch in plan_batches(planned(spec, document, data_root)))
     return make_plan(store, spec, pa.Table.from_batches(batches))
 
 

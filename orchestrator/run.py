@@ -67,11 +67,11 @@ class Outcome:
 
 def run_spec(store: Store, document: Document, options: Options) -> Outcome:
     """Check, expand, record and run a spec. Nothing is written before spec, data, store and cluster are checked."""
-    spec = check(document)
+    spec = check(document, options.data_root)
     check_data(spec.grid.dataset, options.data_root)
     store.check_writable()
     check_reachable(options.address)
-    manifest = store.write_manifest(spec.name, document.text(), planned(spec, document))
+    manifest = store.write_manifest(spec.name, document.text(), planned(spec, document, options.data_root))
     return run_sweep(store, manifest, options)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from models.registry import MODELS
+from models.registry import check_model
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
-from pruners.pruners import PRUNERS
+from pruners.pruners import check_pruner
 from storage.identity import SWEEP_NAME
 from storage.records import Recipe
-from workers.datasets import DATASETS
+from workers.datasets import check_dataset
 from workers.worker import PRECISIONS
 
 
@@ -33,6 +34,22 @@ def _one_of(known: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _checked(check: Callable[[str], None]) -> AfterValidator:
+    """A name that `check` finds no fault with; what it raises is the message."""
+
+    def same(value: str) -> str:
+        check(value)
+        return value
+
+    return AfterValidator(same)
+
+
+def _schedule(value: str) -> str:
+    if value != "one-shot" and not SCHEDULE.fullmatch(value):
+        raise ValueError(f"unknown schedule {value!r}; allowed: one-shot, iterative-N with N from 2 (iterative-5)")
+    return value
+
+
 def _inside(value: float) -> float:
     if not 0 < value < 1:
         raise ValueError(f"{value} is not a pruning ratio; allowed: more than 0 and less than 1")
@@ -44,9 +61,11 @@ def _once(values: list[Any]) -> list[Any]:
     return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
-Model = Annotated[str, _one_of(MODELS)]
-DatasetName = Annotated[str, _one_of(DATASETS)]
-PrunerName = Annotated[str, _one_of(PRUNERS)]
+SCHEDULE = re.compile(r"iterative-([2-9]|[1-9][0-9]+)")
+
+Model = Annotated[str, _checked(check_model)]
+DatasetName = Annotated[str, _checked(check_dataset)]
+PrunerName = Annotated[str, _checked(check_pruner)]
 # Strict: `true` and '1' are no numbers.
 Count = Annotated[int, Field(ge=1, strict=True)]
 Number = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
@@ -89,7 +108,9 @@ class Grid(Strict):
     ratio: Annotated[list[Ratio], *_points] | None = None
     pruner: Annotated[list[PrunerName], *_axis] = ["oracle"]
     pruner_seed: Annotated[list[Seed], *_axis] = [0]
-    granularity: Annotated[list[Literal["filter"]], *_axis] = ["filter"]
+    granularity: Annotated[list[Literal["filter", "weight"]], *_axis] = ["filter"]
+    scope: Annotated[list[Literal["local", "global"]], *_axis] = ["local"]
+    schedule: Annotated[list[Annotated[str, AfterValidator(_schedule)]], *_axis] = ["one-shot"]
     propagation: Annotated[list[Literal["exact", "released"]], *_axis] = ["exact"]
     precision: Annotated[list[Annotated[str, _one_of(PRECISIONS)]], *_axis] = ["fp32"]
     seed: Annotated[list[Seed], *_axis] = [0]
@@ -125,28 +146,83 @@ class Training(Strict):
     epochs: Count
     batch_size: Count
     lr: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_lr_table)]
-    optimizer: Literal["sgd"] = "sgd"
+    lr_schedule: Literal["table", "cosine", "linear"] = "table"
+    warmup_epochs: Annotated[int, Field(ge=0, strict=True)] = 0
+    final_lr: Number = 0.0
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: Annotated[Number, Field(lt=1)] = 0.0
     nesterov: bool = False
+    betas: tuple[Annotated[Number, Field(lt=1)], Annotated[Number, Field(lt=1)]] = (0.9, 0.999)
     weight_decay: Number = 0.0
+    label_smoothing: Annotated[Number, Field(lt=1)] = 0.0
+    clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    accumulate: Count = 1
+    max_steps: Count | None = None
+    augment: bool = True
+    mixup: Number = 0.0
+    cutmix: Number = 0.0
 
     @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> Self:
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum of more than 0")
+    def _consistent(self) -> Self:
+        if problem := _recipe_problem(self):
+            raise ValueError(problem)
         return self
 
-    def recipe(self, seed: int | None = None) -> Recipe:
-        fields = {name: getattr(self, name) for name in Training.model_fields}
-        return Recipe(**fields, seed=seed)
+
+def _recipe_problem(one: Training) -> str | None:
+    """What no single key of a recipe can know."""
+    plain = one.lr_schedule == "table"
+    problems = {
+        "nesterov needs a momentum of more than 0": one.nesterov and not one.momentum,
+        f"momentum is sgd's; {one.optimizer} has betas": one.optimizer != "sgd" and one.momentum > 0,
+        "betas are adam's and adamw's; sgd has a momentum": one.optimizer == "sgd" and "betas" in one.model_fields_set,
+        f"lr_schedule {one.lr_schedule} starts from one lr; a table is lr_schedule: table": not plain
+        and len(one.lr) > 1,
+        "final_lr is where lr_schedule cosine or linear ends": plain and one.final_lr > 0,
+        f"final_lr {one.final_lr} is not below lr {one.lr[0][1]}": not plain and one.final_lr >= one.lr[0][1],
+        f"{one.warmup_epochs} warmup_epochs leave nothing of {one.epochs} epochs": 0 < one.epochs <= one.warmup_epochs,
+        f"accumulate {one.accumulate} is more than batch_size {one.batch_size}": one.accumulate > one.batch_size,
+    }
+    return next((text for text, wrong in problems.items() if wrong), None)
 
 
 class DenseTraining(Training):
+    """`weights`, what a dense model starts from, alone: it is taken as it is. With epochs it is trained further."""
+
+    epochs: Annotated[int, Field(ge=0, strict=True)]
     seed: Seed = 0
+    weights: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_alone(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "weights" not in given or given.get("epochs", 0):
+            return given
+        if more := sorted(set(given) - {"weights", "epochs", "seed"}):
+            raise ValueError(f"{', '.join(more)} say how to train: give epochs as well, or leave them out")
+        return {"batch_size": 1, "lr": {0: 1.0}, **given, "epochs": 0}
+
+    @model_validator(mode="after")
+    def _trained_or_given(self) -> Self:
+        if not self.epochs and self.weights is None:
+            raise ValueError("0 epochs need weights: library, a file, a URI")
+        return self
+
+    def recipe(self) -> Recipe:
+        return _recipe(self, seed=self.seed, weights=self.weights)
 
 
 class Retraining(Training):
+    lora_rank: Count | None = None
     keep: Literal["none", "last", "best"] = "none"
+
+    def recipe(self) -> Recipe:
+        return _recipe(self, lora_rank=self.lora_rank)
+
+
+def _recipe(one: Training, **more: Any) -> Recipe:
+    return Recipe(**{name: getattr(one, name) for name in Training.model_fields}, **more)
 
 
 class Resources(Strict):
@@ -176,6 +252,7 @@ class SweepSpec(Strict):
     retrain: Annotated[list[Retraining], *_axis]
     validation: Annotated[Number, Field(lt=1)] = 0.0
     loss_subset: Count | None = None
+    calibration: Count = 256
     resources: Resources = Resources()
 
 

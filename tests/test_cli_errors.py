@@ -88,8 +88,8 @@ IN_AN_EMPTY_FOLDER = [
     ("submit digits", 2, "--address http://HOST:8265"),
     ("logs digits", 2, "--address http://HOST:8265"),
     ("prefetch", 2, "Missing argument"),
-    ("prefetch mnst", 2, "no data set mnst; there are: digits, mnist, fmnist, kmnist, synthetic; did you mean mnist?"),
-    ("prefetch digits cifar10", 2, "no data set cifar10"),
+    ("prefetch mnst", 2, "unknown name 'mnst'; allowed: digits, mnist, fmnist, kmnist, synthetic, "),
+    ("prefetch digits cifar11", 2, "unknown name 'cifar11'"),
     ("studies digit", 2, "no study digit; there are: digits, lenet5-mini-conv1"),
     ("plan digits -f xml", 2, "'xml' is not one of 'table', 'json'"),
     ("plan digits -o nowhere/plan.csv", 2, "cannot write nowhere/plan.csv: there is no folder nowhere"),
@@ -159,7 +159,7 @@ def test_a_spec_with_mistakes(here: Path, capsys: pytest.CaptureFixture[str]) ->
     (here / "mine.yaml").write_text(SPEC.replace("lenet5_mini", "lenet5_mni").replace("ratio", "ration"))
     for command in ("run", "plan", "submit"):
         told = refused(capsys, 2, command, "mine.yaml")
-        assert told.startswith("prunesweep: mine.yaml:3:3: grid.model: unknown name 'lenet5_mni'")
+        assert told.startswith("prunesweep: mine.yaml:3:3: grid.model: unknown model 'lenet5_mni'")
         assert "\nmine.yaml:6:3: grid.ration: unknown key; " in told
 
 

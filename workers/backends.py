@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from storage.records import Recipe
+from workers.datasets import first
 from workers.serial import Serial
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from storage.records import Execution
-    from workers.datasets import Split
+    from workers.datasets import Samples, Split
     from workers.training import Backend
 
 SERIAL = {"backend": "serial", "fleet": 1, "threads": 1, "memory_format": "channels_last"}
@@ -56,7 +57,7 @@ def open_backend(
 
 def fastest(
     network: nn.Module,
-    train: Split,
+    train: Samples,
     recipe: Recipe,
     accelerator: Accelerator,
     block: int,
@@ -68,10 +69,31 @@ def fastest(
     On a CPU that is the compiled back-end where a network is a chain (a fleet by torch.func only loses
     there: docs/performance.md); on an accelerator a fleet, its size halved until it fits the memory.
     """
-    batch = train.at(torch.arange(min(recipe.batch_size, len(train)), device=train.labels.device))
+    if not is_plain(recipe):
+        return SERIAL
+    batch = first(train, recipe.batch_size)
     if accelerator.device.type == "cpu":
         return _compiled_or_serial(network, batch, recipe, accelerator, report)
     return _fleet_or_serial(network, batch, recipe, accelerator, min(block, LARGEST))
+
+
+def is_plain(recipe: Recipe) -> bool:
+    """Whether a recipe is SGD on the mean cross-entropy and no more: what back-ends other than serial know."""
+    return recipe == Recipe(
+        recipe.epochs,
+        recipe.batch_size,
+        recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        seed=recipe.seed,
+        lr_schedule=recipe.lr_schedule,
+        warmup_epochs=recipe.warmup_epochs,
+        final_lr=recipe.final_lr,
+        max_steps=recipe.max_steps,
+        augment=recipe.augment,
+        weights=recipe.weights,
+    )
 
 
 def _compiled_or_serial(

@@ -11,61 +11,88 @@ from workers.checkpoints import State, optimizer_state, part, prefixed, restore_
 from workers.measures import EVALUATION_BATCH, Measure, measured
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from accelerate import Accelerator
     from torch import nn
+    from torch.optim.swa_utils import AveragedModel
 
     from storage.records import Recipe
     from workers.datasets import Split
 
 
 class Serial:
-    """One network in training, any model, any precision."""
+    """One network in training, any model, any recipe, any precision.
+
+    With a moving average of the weights (`recipe.ema`) it is the average that is measured and kept.
+    """
 
     def __init__(self, network: nn.Module, recipe: Recipe, accelerator: Accelerator, memory_format: str) -> None:
         self._network = network.to(accelerator.device).to(memory_format=getattr(torch, memory_format))
         self._recipe, self._accelerator = recipe, accelerator
         self._net, self._optimizer = self._network, None
-        self.networks = [self._network]
+        self._average = averaged(self._network, recipe.ema) if recipe.ema else None
+        self.networks = [self._average.module if self._average else self._network]
 
     def measure(self, split: Split) -> list[Measure]:
         """Loss and accuracy in eval mode."""
-        was_training = self._net.training
-        self._net.eval()
+        net = self._average or self._net
+        was_training = net.training
+        net.eval()
 
         def logits(images: torch.Tensor) -> torch.Tensor:
             with self._accelerator.autocast():
-                return self._net(images).unsqueeze(0)
+                return net(images).unsqueeze(0)
 
         found = measured(logits, split, EVALUATION_BATCH)
-        self._net.train(was_training)
+        net.train(was_training)
         return found
 
-    def step(self, split: Split, indices: torch.Tensor, lr: float) -> torch.Tensor:
-        """One step on one minibatch; its mean loss, [1]."""
-        optimizer = self._started()
+    def step(self, split: Split, indices: torch.Tensor | None, lr: float) -> torch.Tensor:
+        """One step on one minibatch, `indices` of `split` or all of it; its mean loss, [1]."""
+        optimizer, recipe = self._started(), self._recipe
         for group in optimizer.param_groups:
             group["lr"] = lr
         self._net.train()
-        batch = split.at(indices)
-        with self._accelerator.autocast():
-            loss = F.cross_entropy(self._net(batch.images), batch.labels)
+        batch = split if indices is None else split.at(indices)
         optimizer.zero_grad()
-        self._accelerator.backward(loss)
+        loss = self._accumulated(batch)
+        if recipe.clip_norm is not None:
+            self._accelerator.clip_grad_norm_(self._net.parameters(), recipe.clip_norm)
         optimizer.step()
-        return loss.detach().unsqueeze(0)
+        if self._average:
+            self._average.update_parameters(self._network)
+        return loss.unsqueeze(0)
+
+    def _accumulated(self, batch: Split) -> torch.Tensor:
+        """Add the gradient of a minibatch's mean loss, part by part where that is asked for; the loss, without
+        label smoothing."""
+        losses: list[torch.Tensor] = []
+        smoothing = self._recipe.label_smoothing
+        for piece, share in parts_of(batch, self._recipe.accumulate):
+            with self._accelerator.autocast():
+                logits = self._net(piece.images)
+                loss = F.cross_entropy(logits, piece.labels, label_smoothing=smoothing)
+            self._accelerator.backward(loss if share == 1 else loss * share)
+            shown = F.cross_entropy(logits.detach(), piece.labels) if smoothing else loss.detach()
+            losses.append(shown if share == 1 else shown * share)
+        return torch.stack(losses).sum()
 
     def state(self) -> State:
         """Weights, optimizer and loss scale."""
         held = optimizer_state(_inner(self._started()))
         scaler = self._accelerator.scaler
+        average = self._average.state_dict() if self._average else {}
         return State(
-            prefixed(model=self._network.state_dict(), optimizer=held.tensors),
+            prefixed(model=self._network.state_dict(), optimizer=held.tensors, average=average),
             {"optimizer": held.values, "scaler": scaler.state_dict() if scaler is not None else None},
         )
 
     def restore(self, state: State) -> None:
         """Be where `state` was taken."""
         self._network.load_state_dict(part(state.tensors, "model"))
+        if self._average:
+            self._average.load_state_dict(part(state.tensors, "average"))
         held = State(part(state.tensors, "optimizer"), state.values["optimizer"])
         restore_optimizer(_inner(self._started()), held)
         if self._accelerator.scaler is not None:
@@ -96,15 +123,32 @@ class Serial:
 
 
 def optimizer_of(parameters: list[Any], recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer, at the learning rate of its first epoch."""
+    """The recipe's optimizer of what requires gradients, at the learning rate of its first epoch."""
+    trained, lr = [p for p in parameters if p.requires_grad], recipe.lr_at(0)
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(trained, lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
     assert recipe.optimizer == "sgd", recipe.optimizer
     return torch.optim.SGD(
-        parameters,
-        lr=recipe.lr_at(0),
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
+        trained, lr=lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
     )
+
+
+def averaged(network: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of a network's weights and buffers, `decay` per step."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def parts_of(batch: Split, count: int) -> Iterator[tuple[Split, float]]:
+    """A minibatch in `count` parts of about one size, each with its share of the samples."""
+    if count == 1:
+        yield batch, 1.0
+        return
+    for indices in torch.arange(len(batch), device=batch.labels.device).tensor_split(min(count, len(batch))):
+        yield batch.at(indices), len(indices) / len(batch)
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

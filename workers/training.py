@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from workers.augment import Draws, mixed
 from workers.checkpoints import Checkpoint, State, generators, part, prefixed, restore_generators
 from workers.measures import Epoch, Measure
+from workers.rates import planned_epochs, rate, steps_left
 from workers.streams import generator, seeded
 
 if TYPE_CHECKING:
     from torch import nn
 
     from storage.records import Recipe
-    from workers.datasets import Data, Split
+    from workers.datasets import Data, Minibatch, Samples, Split
 
 
 class Backend(Protocol):
@@ -30,9 +32,13 @@ class Backend(Protocol):
     @property
     def networks(self) -> Sequence[nn.Module]: ...
 
-    def measure(self, split: Split) -> list[Measure]: ...
+    def measure(self, split: Samples) -> list[Measure]:
+        """Loss and accuracy of each member in eval mode."""
+        ...
 
-    def step(self, split: Split, indices: torch.Tensor, lr: float) -> torch.Tensor: ...
+    def step(self, split: Split, indices: torch.Tensor | None, lr: float) -> torch.Tensor:
+        """One step of all on one minibatch, `indices` of `split` or all of it; their mean losses, [members]."""
+        ...
 
     def state(self) -> State: ...
 
@@ -89,18 +95,35 @@ def train(
         saved = checkpoint.load() if checkpoint else None
         if saved is not None:
             at = _restored(saved, backend, watchers)
-        while at.done < recipe.epochs and any(map(_is_finite, at.epochs)):
-            batches = minibatches(len(data.train), recipe.batch_size, dataset, seed, f"{stream}/{at.done}")
-            for indices in islice(batches, len(at.losses), None):
+        n = len(data.train)
+        while at.done < planned_epochs(recipe, n) and any(map(_is_finite, at.epochs)):
+            draws = Draws(dataset, seed, f"{stream}/{at.done}")
+            order = enumerate(minibatches(n, recipe.batch_size, dataset, seed, draws.stream))
+            left = list(islice(order, len(at.losses), steps_left(recipe, n, at.done)))
+            for batch, indices in _fed(data, recipe, left, draws):
                 if checkpoint is not None and checkpoint.due():
                     checkpoint.save(_state(at, backend, watchers))
-                at.losses.append(_step(backend, data.train, indices, recipe.lr_at(at.done)))
+                lr = rate(recipe, n, at.done, len(at.losses))
+                at.losses.append(_step(backend, batch, indices, lr))
             _end_epoch(at, backend, data, watchers)
     return at.epochs
 
 
-def _step(backend: Backend, split: Split, indices: torch.Tensor, lr: float) -> torch.Tensor:
-    return backend.step(split, indices.to(split.labels.device), lr)
+def _fed(
+    data: Data, recipe: Recipe, order: Sequence[Minibatch], draws: Draws
+) -> Iterator[tuple[Split, torch.Tensor | None]]:
+    """What a back-end's step takes for each minibatch: (samples, indices of those meant), or the minibatch and None."""
+    given = data.train.minibatches(order, draws if recipe.augment else None)
+    for (number, _), (split, indices) in zip(order, given, strict=True):
+        if recipe.mixup or recipe.cutmix:
+            batch = split if indices is None else split.at(indices)
+            yield mixed(batch, recipe, data.classes, draws, number), None
+        else:
+            yield split, indices
+
+
+def _step(backend: Backend, split: Split, indices: torch.Tensor | None, lr: float) -> torch.Tensor:
+    return backend.step(split, indices, lr)
 
 
 def _end_epoch(at: _Position, backend: Backend, data: Data, watchers: Sequence[Watcher]) -> None:

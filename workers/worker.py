@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from storage.records import Cell, Dense, Execution, Recipe, Shard, Task
     from storage.store import Store
     from workers.checkpoints import Checkpoint
-    from workers.datasets import Data, Split
+    from workers.datasets import Data, Samples
     from workers.pulse import Pulse
 
 LOOK_AGAIN_SECONDS = 5.0
@@ -226,6 +226,7 @@ class Worker:
 
     def train_dense(self, dense: Dense) -> None:
         """Train a dense model and keep it, unless the store has it. Raises Diverged, or Stopped."""
+        from workers.backends import is_plain
         from workers.dense import initial_model, train_dense
         from workers.execution import arithmetic, choose_execution
 
@@ -233,12 +234,13 @@ class Worker:
             return
         self._set_damaged_aside(dense)  # what is there would be in the way of the same name
         data, device = self.data(dense), self.accelerator.device
-        shape = (dense.model, dense.dataset, dense.recipe.batch_size, "dense")
-        decide = lambda: self._fastest(initial_model(dense), data, dense.recipe, 1)  # noqa: E731
+        kind = () if is_plain(dense.recipe) else ("eager",)
+        shape = (dense.model, dense.dataset, dense.recipe.batch_size, "dense", *kind)
+        decide = lambda: self._fastest(initial_model(dense, self.data_root), data, dense.recipe, 1)  # noqa: E731
         execution = choose_execution(self.store, shape, device, decide)
         checkpoint = self.checkpoint(dense.dense_id, {"execution": execution.json})
         with arithmetic(execution):
-            content = train_dense(dense, data, self.accelerator, execution, checkpoint)
+            content = train_dense(dense, data, self.accelerator, execution, checkpoint, self.data_root)
         self.store.commit_dense(dense.dense_id, content)
         self._drop_checkpoints()
 
@@ -287,7 +289,7 @@ class Worker:
             file = self.store.dense(dense.dense_id)
             if file is None:
                 raise DenseMissing(self._set_damaged_aside(dense))
-            return DenseModel(load_dense(dense, file.content), file.sha256)
+            return DenseModel(load_dense(dense, file.content, self.data_root), file.sha256)
 
         return self._once(("dense", dense.dense_id), make)
 
@@ -304,7 +306,7 @@ class Worker:
         device = self.accelerator.device
         return self._once(key, lambda: prepare(dense.dataset, self.data_root, dense.validation, device))
 
-    def loss_set(self, cell: Cell) -> Split:
+    def loss_set(self, cell: Cell) -> Samples:
         """What pruned train loss is measured on: the train set, or a fixed subset of it."""
         import torch
 
@@ -314,9 +316,9 @@ class Worker:
         if cell.loss_subset is None:
             return train
 
-        def make() -> Split:
+        def make() -> Samples:
             order = torch.randperm(len(train), generator=generator(cell.dense.dataset, 0, "loss_subset"))
-            return train.at(order[: cell.loss_subset].sort().values.to(train.labels.device))
+            return train.at(order[: cell.loss_subset].sort().values)
 
         return self._once(("loss_set", cell.dense.dataset, cell.dense.validation, cell.loss_subset), make)
 
@@ -336,21 +338,24 @@ class Worker:
     def _shape(self, cell: Cell) -> tuple[Any, ...]:
         from models import layer_units
         from pruners.candidates import n_removed
+        from workers.backends import is_plain
 
         units = layer_units(cell.dense.model)
         removed = tuple(n_removed(units[name], ratio) for name, ratio in cell.layers)
         names = tuple(name for name, _ in cell.layers)
-        shape = (cell.dense.model, cell.dense.dataset, names, removed, cell.retrain.batch_size, cell.precision)
+        kind = () if is_plain(cell.retrain) else ("eager",)
+        shape = (cell.dense.model, cell.dense.dataset, names, removed, cell.retrain.batch_size, cell.precision, *kind)
         return shape if self.accelerator.device.type == "cpu" else (*shape, self._most)
 
     def _example(self, cell: Cell) -> nn.Module:
         """A pruned network of a cell's shape."""
         from pruners.pruners import choose
         from pruners.surgery import prune
+        from workers.datasets import probe
 
         dense, ratios = self.dense(cell.dense), dict(cell.layers)
         removed = choose("l1", {name: dense.weight(name) for name in ratios}, ratios)
-        return prune(dense.model, removed, self.data(cell.dense).train.images[:1].cpu())
+        return prune(dense.model, removed, probe(self.data(cell.dense).train, 1))
 
     def _fastest(self, network: nn.Module, data: Data, recipe: Recipe, block: int) -> dict[str, Any]:
         """The choice for networks like this one, in fleets of at most `block`."""
@@ -379,6 +384,7 @@ class Worker:
         import copy
 
         from workers.backends import SERIAL, open_backend
+        from workers.datasets import find_dataset
 
         execution, data = self.execution(cell), self.data(cell.dense)
         if execution.backend == "fleet":  # of a single network it would be another computation anyway
@@ -386,7 +392,7 @@ class Worker:
 
         def make() -> dict[str, Any]:
             dense = copy.deepcopy(self.dense(cell.dense).model)
-            shape = data.train.images.shape[1:]
+            shape = find_dataset(cell.dense.dataset, self.data_root).shape
             with closing(open_backend(execution, [dense], cell.retrain, self.accelerator, shape)) as backend:
                 (on_train,), (on_test,) = backend.measure(self.loss_set(cell)), backend.measure(data.test)
             return {
