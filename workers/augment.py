@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from workers.streams import generator, stream_seed
+from workers.streams import generator, seeded, stream_seed
 
 if TYPE_CHECKING:
     import torch
+
+    from storage.records import Recipe
+    from workers.datasets import Split
 
 PADDING = 4
 """Pixels around a small image that a crop may reach into (He et al. 2015, section 4.2)."""
@@ -49,3 +52,20 @@ def crop_and_flip(images: torch.Tensor, pad: tuple[float, ...], draw: torch.Gene
     sample = torch.arange(n, device=images.device).view(n, 1, 1, 1)
     channel = torch.arange(channels, device=images.device).view(1, channels, 1, 1)
     return padded[sample, channel, rows.view(n, 1, height, 1), columns.view(n, 1, 1, width)]
+
+
+def mixed(batch: Split, recipe: Recipe, classes: int, draws: Draws, number: int) -> Split:
+    """A minibatch under the recipe's mixup or cutmix, timm's, one or the other half the time where both are given;
+    its labels become soft, [N, classes], label smoothing included. `batch` is not used again.
+
+    timm mixes pairs: of an odd number the last sample stays as it is.
+    """
+    from timm.data.mixup import Mixup, mixup_target
+
+    smoothing, even = recipe.label_smoothing, len(batch) // 2 * 2
+    images, labels = batch.images, mixup_target(batch.labels, classes, smoothing=smoothing)
+    if even:
+        mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=classes)
+        with seeded(draws.dataset, draws.seed, f"mixup/{draws.stream}/minibatch/{number}"):
+            images[:even], labels[:even] = mix(images[:even], batch.labels[:even])
+    return replace(batch, images=images, labels=labels)

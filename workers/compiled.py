@@ -20,13 +20,14 @@ import torch
 
 from workers.chain import Link, chain_of
 from workers.checkpoints import State
-from workers.measures import Measure, measure_of
+from workers.datasets import Split
+from workers.measures import EVALUATION_BATCH, Measure, measure_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from storage.records import Recipe
-    from workers.datasets import Split
+    from workers.datasets import Samples
 
 SOURCE = Path(__file__).with_name("chain.cpp")
 FLAGS = (
@@ -77,17 +78,24 @@ class Compiled:
         if not self._chain:
             raise MemoryError("no memory for a compiled network")
 
-    def measure(self, split: Split) -> list[Measure]:
+    def measure(self, split: Samples) -> list[Measure]:
         """Loss and accuracy; a chain has no other mode for it."""
+        # What is in memory is read where it is.
+        pieces = [split] if isinstance(split, Split) else split.in_order(EVALUATION_BATCH)
+        loss, square, correct = map(sum, zip(*map(self._sums, pieces), strict=True))
+        return [measure_of(loss, square, correct, len(split))]
+
+    def _sums(self, split: Split) -> tuple[float, float, int]:
         loss, square, correct = ctypes.c_double(0), ctypes.c_double(0), ctypes.c_int64(0)
         sums = ctypes.byref(loss), ctypes.byref(square), ctypes.byref(correct)
         images, labels = self._checked(split)
         self._library.chain_measure(self._chain, _at(self._values), images, labels, len(split), *sums)
-        return [measure_of(loss.value, square.value, correct.value, len(split))]
+        return loss.value, square.value, correct.value
 
-    def step(self, split: Split, indices: torch.Tensor, lr: float) -> torch.Tensor:
-        """One step on one minibatch; its mean loss, [1]."""
+    def step(self, split: Split, indices: torch.Tensor | None, lr: float) -> torch.Tensor:
+        """One step on one minibatch, `indices` of `split` or all of it; its mean loss, [1]."""
         recipe, loss = self._recipe, torch.empty(1, dtype=self._values.dtype)
+        indices = torch.arange(len(split)) if indices is None else indices
         rule = _Rule(lr, recipe.momentum, recipe.weight_decay, recipe.nesterov)
         self._library.chain_step(
             self._chain,

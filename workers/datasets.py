@@ -267,7 +267,7 @@ def check_dataset(name: str) -> None:
 
     if not is_code(name):
         close = difflib.get_close_matches(name, [*DATASETS, "imagenet"], 1)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
+        meant = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"unknown name {name!r}; allowed: {', '.join([*DATASETS, *OTHERS])}{meant}")
 
 
@@ -335,6 +335,21 @@ def prepare(name: str, data_root: str | Path, validation: float, device: torch.d
     # With nothing held out the train set keeps the order of its files, and its memory.
     rest = train.at(order[held:].sort().values) if held else train
     return Data(rest.to(device), train.at(order[:held]).to(device), test.to(device), dataset.classes, dataset.skipped)
+
+
+def first(samples: Samples, n: int) -> Split:
+    """The first n samples, or all where there are fewer, as they are for evaluation."""
+    import torch
+
+    count = min(n, len(samples))
+    return next(samples.at(torch.arange(count)).in_order(max(1, count)))
+
+
+def probe(samples: Samples, n: int) -> Any:
+    """The images of the first n samples, on the CPU: to trace a network, and to check a pruned one."""
+    import torch
+
+    return first(samples, n).to(torch.device("cpu")).images
 
 
 def missing_message(name: str, data_root: str | Path) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from storage.records import Recipe
-    from workers.datasets import Split
+    from workers.datasets import Samples, Split
 
 EVALUATION_BATCH = 1000
 
@@ -55,18 +55,18 @@ class Fleet:
         self._form = copy.deepcopy(self.networks[0]).to("meta")
         self._optimizer: torch.optim.Optimizer | None = None
 
-    def measure(self, split: Split) -> list[Measure]:
+    def measure(self, split: Samples) -> list[Measure]:
         """Loss and accuracy of each member in eval mode."""
         self._form.eval()
         return measured(self._logits, split, max(1, EVALUATION_BATCH // len(self.networks)))
 
-    def step(self, split: Split, indices: torch.Tensor, lr: float) -> torch.Tensor:
-        """One step of all on one minibatch; their mean losses, [members]."""
+    def step(self, split: Split, indices: torch.Tensor | None, lr: float) -> torch.Tensor:
+        """One step of all on one minibatch, `indices` of `split` or all of it; their mean losses, [members]."""
         self._form.train()
         optimizer = self._started()
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = split.at(indices)
+        batch = split if indices is None else split.at(indices)
         logits = self._logits(batch.images)
         members = len(self.networks)
         each = F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(members), reduction="none")

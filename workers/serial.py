@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
     from storage.records import Recipe
-    from workers.datasets import Split
+    from workers.datasets import Samples, Split
 
 
 class Serial:
@@ -34,7 +34,7 @@ class Serial:
         self._average = averaged(self._network, recipe.ema) if recipe.ema else None
         self.networks = [self._average.module if self._average else self._network]
 
-    def measure(self, split: Split) -> list[Measure]:
+    def measure(self, split: Samples) -> list[Measure]:
         """Loss and accuracy in eval mode."""
         net = self._average or self._net
         was_training = net.training
@@ -68,7 +68,8 @@ class Serial:
         """Add the gradient of a minibatch's mean loss, part by part where that is asked for; the loss, without
         label smoothing."""
         losses: list[torch.Tensor] = []
-        smoothing = self._recipe.label_smoothing
+        soft = batch.labels.is_floating_point()  # then what smoothing there is is in them
+        smoothing = 0.0 if soft else self._recipe.label_smoothing
         for piece, share in parts_of(batch, self._recipe.accumulate):
             with self._accelerator.autocast():
                 logits = self._net(piece.images)

@@ -25,7 +25,7 @@ from storage.identity import canonical_json
 from storage.records import Removed, Row, row_for, utc_now
 from workers.backends import open_backend
 from workers.checkpoints import State
-from workers.datasets import find_dataset
+from workers.datasets import find_dataset, probe
 from workers.execution import arithmetic, library_versions
 from workers.measures import Epoch
 from workers.networks import network_file
@@ -148,16 +148,16 @@ def prune_task(task: Task, dense: DenseModel, worker: Worker) -> Pruned:
         pruner_seed=cell.pruner_seed,
     )
     l1_removed = choose("l1", weights, ratios) if cell.propagation == "released" else None
-    probe = worker.data(cell.dense).train.images[:PROBE_SAMPLES].cpu()
+    samples = probe(worker.data(cell.dense).train, PROBE_SAMPLES)
     with seeded(cell.dense.dataset, 0, "surgery"):
-        network = prune(dense.model, removed, probe[:1], propagation=cell.propagation, l1_removed=l1_removed)
-        checked = equivalence(dense.model, network, removed, probe)
+        network = prune(dense.model, removed, samples[:1], propagation=cell.propagation, l1_removed=l1_removed)
+        checked = equivalence(dense.model, network, removed, samples)
     if cell.propagation == "exact" and checked.error is not None and not checked.error <= LIMIT:
         raise NotEquivalent(f"relative difference {checked.error:.3g} to the masked network, limit {LIMIT}")
     units = layer_units(cell.dense.model)
     pruned_shape = (cell.dense.dense_id, *((layer, len(chosen)) for layer, chosen in removed.items()))
-    params, macs = worker.size(network, probe[:1], pruned_shape)
-    dense_params, dense_macs = worker.size(dense.model, probe[:1], (cell.dense.dense_id,))
+    params, macs = worker.size(network, samples[:1], pruned_shape)
+    dense_params, dense_macs = worker.size(dense.model, samples[:1], (cell.dense.dense_id,))
     measured = {
         "params": params,
         "macs": macs,
