@@ -173,14 +173,15 @@ class Training(Strict):
 def _recipe_problem(one: Training) -> str | None:
     """What no single key of a recipe can know."""
     plain = one.lr_schedule == "table"
+    (_, first), *later = one.lr
     problems = {
         "nesterov needs a momentum of more than 0": one.nesterov and not one.momentum,
         f"momentum is sgd's; {one.optimizer} has betas": one.optimizer != "sgd" and one.momentum > 0,
         "betas are adam's and adamw's; sgd has a momentum": one.optimizer == "sgd" and "betas" in one.model_fields_set,
         f"lr_schedule {one.lr_schedule} starts from one lr; a table is lr_schedule: table": not plain
-        and len(one.lr) > 1,
+        and bool(later),
         "final_lr is where lr_schedule cosine or linear ends": plain and one.final_lr > 0,
-        f"final_lr {one.final_lr} is not below lr {one.lr[0][1]}": not plain and one.final_lr >= one.lr[0][1],
+        f"final_lr {one.final_lr} is not below lr {first}": not plain and one.final_lr >= first,
         f"{one.warmup_epochs} warmup_epochs leave nothing of {one.epochs} epochs": 0 < one.epochs <= one.warmup_epochs,
         f"accumulate {one.accumulate} is more than batch_size {one.batch_size}": one.accumulate > one.batch_size,
     }
