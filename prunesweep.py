@@ -11,11 +11,11 @@ import importlib
 import sys
 from pathlib import Path
 
-ROOMS = ("storage", "pruners", "models", "workers", "orchestrator")
+ROOMS = ("usercode", "storage", "pruners", "models", "workers", "orchestrator")
 
 
 def claim_rooms() -> None:
-    """Import our rooms, whatever else is on the path.
+    """Import our rooms (and usercode, which they share), whatever else is on the path.
 
     Raises ImportError when another package has taken one of their names already.
     """

@@ -12,7 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import lru_cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+import usercode
+from models import library
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,6 +103,9 @@ class VGG:
 
 Architecture = LeNet5 | MLP | ResNet | VGG
 
+USER_SHAPES = ((3, 32, 32), (3, 224, 224), (1, 32, 32), (1, 28, 28))
+"""(channels, height, width) that a user's own network may be for: one of them serves to find its layers."""
+
 _MINI = LeNet5(convs=(10, 10, 10), hidden=(10,))
 _LENET5 = LeNet5(convs=(6, 16, 120), hidden=(84,))
 
@@ -132,12 +140,26 @@ MODELS: Mapping[str, Architecture] = {
 
 
 def check_model(name: str) -> None:
-    """Raise ValueError for a name that no network can have, with the nearest ones."""
+    """Raise ValueError for a name that no network can have, with the nearest ones. Imports no torch."""
     if name in MODELS:
         return
+    if name.startswith("hf/"):
+        from models.multimodal import check_hf
+
+        check_hf(name)
+    elif library.is_library(name):
+        library.check(name)
+    elif usercode.is_code(name):
+        usercode.fingerprint(name)
+    else:
+        raise ValueError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
     near = get_close_matches(name, MODELS, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"unknown model {name!r}; allowed: {', '.join(MODELS)}{meant}")
+    known = f"{', '.join(MODELS)}, torchvision/<name>, timm/<name>, hf/<path or id>, package.module:build"
+    return f"unknown model {name!r}; allowed: {known}{meant}"
 
 
 def architecture(name: str) -> Architecture:
@@ -147,13 +169,60 @@ def architecture(name: str) -> Architecture:
 
 
 def layer_units(name: str) -> dict[str, int]:
-    """Prunable layer -> units, in network order; the classifier is not among them. Raises ValueError."""
-    return architecture(name).layers()
+    """Prunable layer -> units, in network order; the classifier is not among them. Raises ValueError.
+
+    Heads are the units of an attention block. A network that is not built in is built and traced the first time.
+    """
+    if name.startswith("hf/"):
+        from models.multimodal import hf_layer_units
+
+        return hf_layer_units(name)
+    if not is_found(name):
+        return architecture(name).layers()
+    return _found_layers(name)
+
+
+def is_found(name: str) -> bool:
+    """Whether a network's layers are found by tracing it: one of a library, or a user's own."""
+    return name not in MODELS and (library.is_library(name) or usercode.is_code(name))
+
+
+@lru_cache
+def _found_layers(name: str) -> dict[str, int]:
+    from models import discovery
+
+    check_model(name)
+    of = version(name.partition("/")[0]) if library.is_library(name) else usercode.fingerprint(name)
+    if (units := discovery.remembered([name, of])) is None:
+        units = _trace(name)
+        discovery.remember([name, of], units)
+    return units
+
+
+def _trace(name: str) -> dict[str, int]:
+    """The layers of a network, built for each shape that it may be for until one works; on no device if it can be."""
+    import torch
+
+    from models import discovery
+
+    problems: dict[str, None] = {}
+    for shape in [library.usual_shape(name)] if library.is_library(name) else USER_SHAPES:
+        for device in ("meta", "cpu"):
+            try:
+                with torch.random.fork_rng(devices=[]), torch.device(device):
+                    model = build_model(name, discovery.CLASSES, shape)
+                    return discovery.prunable(model, torch.zeros(1, *shape))
+            except Exception as error:  # of the network's own code: another shape, or a device with numbers, may do
+                problems[f"for {_times(shape)}: {error}"] = None
+    raise ValueError(f"the layers of {name} cannot be found; {'; '.join(problems)}")
 
 
 def input_shape(name: str) -> tuple[int, int, int] | None:
     """(channels, height, width) of the input; None where the data set decides. Raises ValueError."""
-    return architecture(name).input
+    if name not in MODELS:
+        check_model(name)
+        return None
+    return MODELS[name].input
 
 
 def build_model(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
@@ -161,10 +230,25 @@ def build_model(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Modu
 
     They come from torch's global generator. Raises ValueError where there is no such network, or not for this shape.
     """
+    if name.startswith("hf/"):
+        from models.multimodal import build_hf
+
+        return build_hf(name, classes, shape)
+    if is_found(name):
+        return _built_by_others(name, classes, shape)
     found = architecture(name)
     if found.input not in (None, tuple(shape)):
         raise ValueError(f"{name} takes inputs of {_times(found.input)}, not {_times(shape)}: take another data set")
     return _built(found, classes, shape[0])
+
+
+def _built_by_others(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    from models import own
+    from models.attention import mark_heads
+
+    model = (library if library.is_library(name) else own).build(name, classes, shape)
+    model.built_for = shape  # pyright: ignore[reportArgumentType]
+    return mark_heads(model)
 
 
 def _built(found: Architecture, classes: int, channels: int) -> nn.Module:
@@ -180,21 +264,34 @@ def _built(found: Architecture, classes: int, channels: int) -> nn.Module:
 
 
 def load_weights(model: nn.Module, name: str, weights: str) -> None:
-    """Put given weights into a network: a local .safetensors or .pt file, or a URI of one.
+    """Put given weights into a network: `library` (its default pretrained ones), the library's own name of others, a
+    local .safetensors or .pt file, or a URI of one.
 
-    Raises ValueError naming the file, what does not fit, and what to do.
+    Of a library's weights the classifier is left out where it is for another number of classes. Raises ValueError
+    naming the file, what does not fit, and what to do.
     """
-    from models.weights import load_file
+    from models.weights import is_file, put, read
 
-    if weights == "library":
-        raise ValueError(f"{name} has no pretrained weights of a library: give a file, or leave `weights` out")
-    load_file(model, weights)
+    if name.startswith("hf/"):
+        from models.multimodal import load_hf
+
+        return load_hf(model, name if weights == "library" else weights)
+    if is_file(weights):
+        state = read(weights)
+        return put(model, library.fitted(model, state), weights)
+    if not library.is_library(name):
+        raise ValueError(f"{name} has no weights {weights!r}: give a .safetensors or .pt file, or leave `weights` out")
+    return library.load(model, name, weights)
 
 
 def model_content(name: str) -> str | None:
     """A hash of the code or files that a network is made of, where they are a user's; else None."""
+    if name.startswith("hf/"):
+        from models.multimodal import hf_content
+
+        return hf_content(name)
     check_model(name)
-    return None
+    return usercode.fingerprint(name) if usercode.is_code(name) and name not in MODELS else None
 
 
 def _times(shape: tuple[int, ...]) -> str:

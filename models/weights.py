@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 SHOWN = 4
 """How many tensors that do not fit a message names."""
 
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "params")
 
 
-def load_file(model: nn.Module, where: str) -> None:
-    """Put the weights of a file or URI into `model`. Raises ValueError naming the file, what does not fit, and what
-    to do.
-    """
-    put(model, read(where), where)
+def is_file(weights: str) -> bool:
+    """Whether given weights are a file or an address, not a name that a library has for its own."""
+    return "/" in weights or Path(weights).suffix in SUFFIXES
 
 
 def put(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
@@ -45,7 +45,7 @@ def read(where: str) -> dict[str, torch.Tensor]:
     suffix = Path(where.partition("?")[0]).suffix
     if suffix == ".safetensors":
         return _parsed(where, _safetensors)
-    if suffix in (".pt", ".pth", ".bin"):
+    if suffix in SUFFIXES:
         return _unwrapped(_parsed(where, _torch), where)
     raise ValueError(f"{where}: weights are a .safetensors file or a .pt/.pth file with a state dict")
 

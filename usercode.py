@@ -1,0 +1,79 @@
+"""A person's own code in a spec, as `package.module:attribute`: found, hashed and loaded here and nowhere else.
+
+It is found where Python finds it from the folder that prunesweep was started in: there, or installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_FOLDERS = ("imagefolder", "llava")
+
+
+def is_code(name: str) -> bool:
+    """Whether `name` is `package.module:attribute`, and not a folder of data (`imagefolder:PATH`)."""
+    return bool(_NAME.fullmatch(name)) and name.partition(":")[0] not in _FOLDERS
+
+
+def load(name: str) -> Any:
+    """What `name` names, imported. Raises ValueError saying what is not there and what to do."""
+    module, _, attribute = name.partition(":")
+    _find(name)
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name}: {error}; install it, or start prunesweep in the folder that holds it") from error
+    except Exception as error:  # whatever the user's module does as it is imported
+        raise ValueError(f"{name}: importing {module} failed: {type(error).__name__}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            there = ", ".join(n for n, value in vars(found).items() if callable(value) and not n.startswith("_"))
+            raise ValueError(f"{name}: {module} has no {attribute}; it has {there or 'nothing that can be called'}")
+        found = getattr(found, part)
+    return found
+
+
+def fingerprint(name: str) -> str:
+    """16 hex digits over every .py file of the top-level package of `name`, or over its one module.
+
+    Nothing is imported. Raises ValueError where there is no such package.
+    """
+    said = hashlib.sha256()
+    for inside, path in _files(_find(name)):
+        content = path.read_bytes()
+        said.update(f"{inside}\0{len(content)}\0".encode() + content)
+    return said.hexdigest()[:16]
+
+
+def _find(name: str) -> ModuleSpec:
+    top = name.partition(":")[0].partition(".")[0]
+    found = PathFinder.find_spec(top, [*sys.path, str(Path.cwd())])
+    if found is None:
+        where = f"{Path.cwd()}/{top}.py, {Path.cwd()}/{top}/"
+        raise ValueError(
+            f"{name}: there is no Python module {top} (looked for {where}, and among what is installed); start "
+            "prunesweep in the folder that holds it, or install it"
+        )
+    return found
+
+
+def _files(found: ModuleSpec) -> Iterator[tuple[str, Path]]:
+    """(path inside the package, file), in a fixed order."""
+    if found.submodule_search_locations is None:
+        assert found.origin is not None
+        yield Path(found.origin).name, Path(found.origin)
+        return
+    for folder in found.submodule_search_locations:
+        for path in sorted(Path(folder).rglob("*.py")):
+            yield path.relative_to(folder).as_posix(), path
