@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +97,16 @@ def hf_layer_units(reference: str) -> dict[str, int]:
 def hf_content(reference: str) -> str | None:
     """The hash (16 hex digits) of a folder's config, weights and tokenizer files; None of a hub id."""
     folder = parsed(reference).folder
-    return hash_of(path for path in folder.iterdir() if path.suffix in _READ) if folder else None
+    return hash_of(folder, (path for path in folder.iterdir() if path.suffix in _READ)) if folder else None
 
 
-def hash_of(files: Iterator[Path] | list[Path]) -> str:
-    """16 hex digits of sha256 over files, by name and content."""
+def hash_of(folder: Path, files: Iterable[Path]) -> str:
+    """16 hex digits of sha256 over files of a folder, by their paths in it and what they hold."""
     whole = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.name):
+    for path in sorted(files):
         with path.open("rb") as file:
-            whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            held = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{held}\n".encode())
     return whole.hexdigest()[:16]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,8 @@ def fastest(
     if not is_plain(recipe):
         return SERIAL
     batch = first(train, recipe.batch_size)
+    if isinstance(batch.images, Mapping):  # text with images: neither chains nor fleets read it
+        return SERIAL
     if accelerator.device.type == "cpu":
         return _compiled_or_serial(network, batch, recipe, accelerator, report)
     return _fleet_or_serial(network, batch, recipe, accelerator, min(block, LARGEST))

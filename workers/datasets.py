@@ -60,11 +60,13 @@ class Samples(Protocol):
 class Split:
     """Samples in memory. `images` are [N, C, H, W], normalised, float32, or a mapping of tensors [N, ...] for a
     network that takes several; `labels` are [N], int64, or soft [N, classes], or of text [N, T], -100 where none.
-    With `pad`, [C], training crops and flips: that is what lies around an image."""
+    With `pad`, [C], training crops and flips: that is what lies around an image. With `choices`, [N, C], samples of
+    text are multiple-choice items: their first label is one of these tokens; -1 is none."""
 
     images: Any
     labels: torch.Tensor
     pad: tuple[float, ...] | None = None
+    choices: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,19 +98,20 @@ class Split:
             changed = {name: change(tensor) for name, tensor in self.images.items()}
         else:
             changed = change(self.images)
-        return replace(self, images=changed, labels=change(self.labels))
+        choices = None if self.choices is None else change(self.choices)
+        return replace(self, images=changed, labels=change(self.labels), choices=choices)
 
 
 @dataclass(frozen=True)
 class Data:
-    """A prepared data set; `validation` is what was held out of the train set, possibly empty. `skipped` samples
-    could not be read."""
+    """A prepared data set; `validation` is what was held out of the train set, possibly empty. `skipped` are the
+    files that were left out as they are damaged."""
 
     train: Samples
     validation: Samples
     test: Samples
     classes: int
-    skipped: int = 0
+    skipped: tuple[str, ...] = ()
 
 
 Shape = tuple[int, int, int]
@@ -129,7 +132,7 @@ class Dataset:
     files: tuple[str, ...] = ()
     source: str | None = None
     folder: str | None = None
-    skipped: int = 0
+    skipped: tuple[str, ...] = ()
 
     def missing(self, data_root: str | Path) -> list[str]:
         """Those of `files` that are not under `data_root`."""
@@ -189,7 +192,7 @@ def normalised(images: torch.Tensor, labels: torch.Tensor, mean: Color, std: Col
     import torch
 
     shape = (1, len(mean), 1, 1)
-    floats = images.float().contiguous().div_(255)
+    floats = images.contiguous().float().div_(255)
     floats.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
     return Split(floats, labels.long(), tuple(-m / s for m, s in zip(mean, std, strict=True)))
 
@@ -287,7 +290,7 @@ def find_dataset(name: str, data_root: str | Path | None = None) -> Dataset:
 
         return find_llava(str(root / Path(path).expanduser()))
     if kind in ("imagefolder", "imagenet"):
-        from workers.images import find_folder
+        from workers.folders import find_folder
 
         return find_folder(name, root / Path(path or name).expanduser())
     from workers.userdata import find_user_dataset
@@ -306,7 +309,7 @@ def dataset_content(name: str, data_root: str | Path | None = None) -> str | Non
 
         return llava_content(str(root / Path(path).expanduser()))
     if kind in ("imagefolder", "imagenet"):
-        from workers.images import folder_content
+        from workers.folders import folder_content
 
         return folder_content(name, root / Path(path or name).expanduser())
     from usercode import fingerprint

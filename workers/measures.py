@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import torch
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from workers.datasets import Samples
+    from accelerate import Accelerator
+
+    from workers.datasets import Samples, Split
 
 EVALUATION_BATCH = 256
 """Larger ones fall out of a processor's cache."""
@@ -43,32 +45,76 @@ def measure_of(loss: float, square: float, correct: int, n: int) -> Measure:
     return Measure(loss / n, math.sqrt(variance / n), correct / n, n)
 
 
+def measure_of_text(sums: Sequence[float], n: int) -> Measure:
+    """From the sums over n samples of what `_of_text` gives. The loss is the mean over tokens; its standard error
+    that of a ratio of two sums over samples (W. G. Cochran, Sampling Techniques, 1977, section 2.11)."""
+    loss, square, cross, tokens, tokens_square, correct, judged = sums
+    mean = loss / max(1.0, tokens)
+    residual = max(0.0, square - 2 * mean * cross + mean**2 * tokens_square)
+    error = math.sqrt(residual * n / max(1, n - 1)) / max(1.0, tokens)
+    return Measure(mean, error, correct / max(1.0, judged), n)
+
+
 @torch.no_grad()
-def measured(logits_of: Callable[[Any], torch.Tensor], split: Samples, batch: int) -> list[Measure]:
+def measured(
+    logits_of: Callable[[Any], torch.Tensor],
+    split: Samples,
+    batch: int,
+    accelerator: Accelerator | None = None,
+) -> list[Measure]:
     """The measure of each of K networks: `logits_of` maps images [B, ...] to logits [K, B, classes], or for text
     [K, B, classes, T].
 
-    Summed in float64 over fixed batches.
+    Summed in float64 over fixed batches. The processes of an `accelerator` share them out.
     """
     sums: list[torch.Tensor] = []
-    for piece in split.in_order(batch):
+    is_text = False
+    shares = accelerator if accelerator and 1 < accelerator.num_processes <= len(split) / batch else None
+    for i, piece in enumerate(split.in_order(batch)):
+        if shares and i % shares.num_processes != shares.process_index:
+            continue
         logits = logits_of(piece.images)
-        losses, correct = _of_samples(logits if logits.dtype == torch.float64 else logits.float(), piece.labels)
-        sums.append(torch.stack([losses.sum(1), losses.square().sum(1), correct.sum(1).double()]))
-    loss, square, correct = torch.stack(sums).sum(0).tolist()
-    return [measure_of(a, b, int(c), len(split)) for a, b, c in zip(loss, square, correct, strict=True)]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        is_text = piece.labels.dim() > 1
+        sums.append(_of_text(logits, piece) if is_text else _of_classes(logits, piece.labels))
+    total = torch.stack(sums).sum(0)
+    found = (shares.reduce(total, "sum") if shares else total).T.tolist()
+    if is_text:
+        return [measure_of_text(member, len(split)) for member in found]
+    return [measure_of(loss, square, int(correct), len(split)) for loss, square, correct in found]
 
 
-def _of_samples(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each sample's loss, float64, and whether it is classified correctly: both [K, B].
+def _of_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sums over samples of the loss, its square, correct answers: [3, K], float64."""
+    k = len(logits)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(k), reduction="none").view(k, -1).double()
+    correct = (logits.argmax(2) == labels).sum(1)
+    return torch.stack([losses.sum(1), losses.square().sum(1), correct.double()])
 
-    Of text, labels [B, T], that is the mean loss over the tokens that have a label (none is -100), and whether all
-    of them are predicted.
+
+def _of_text(logits: torch.Tensor, piece: Split) -> torch.Tensor:
+    """Sums over samples of the loss (itself one over a sample's tokens), its square, its product with the number of
+    tokens, that number, its square, correct answers, samples that are judged: [7, K], float64.
+
+    Judged are the multiple-choice items: correct is one whose right letter has the highest logit among its letters.
+    Where there are none, every sample is, and is correct if each of its tokens has the highest logit.
     """
-    k, repeats = len(logits), (1,) * (labels.dim() - 1)
-    each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(k, *repeats), reduction="none")
-    losses, right = each.view(k, *labels.shape).double(), logits.argmax(2) == labels
-    if labels.dim() == 1:
-        return losses, right
-    labelled = labels != -100
-    return losses.sum(2) / labelled.sum(1).clamp_min(1), (right | ~labelled).all(2)
+    labels, k = piece.labels, len(logits)
+    each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(k, 1), reduction="none").view(k, *labels.shape)
+    losses, tokens = each.double().sum(2), (labels != -100).sum(1).double().expand(k, -1)
+    correct, judged = _correct(logits, piece)
+    sums = (losses, losses.square(), losses * tokens, tokens, tokens.square(), correct, judged.expand(k, -1))
+    return torch.stack([one.double().sum(1) for one in sums])
+
+
+def _correct(logits: torch.Tensor, piece: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which samples are correct, [K, B], and which are judged, [B]."""
+    labels, choices = piece.labels, piece.choices
+    if choices is None:
+        right = (logits.argmax(2) == labels) | (labels == -100)
+        return right.all(2), torch.ones_like(labels[:, 0])
+    index = choices.clamp_min(0).expand(len(logits), -1, -1)
+    among = logits[..., 0].gather(2, index).masked_fill(choices < 0, -math.inf)
+    chosen = choices.gather(1, among.argmax(2).T).T
+    judged = choices[:, 0] >= 0
+    return (chosen == labels[:, 0]) & judged, judged

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from workers.checkpoints import State, optimizer_state, part, prefixed, restore_optimizer
+from workers.datasets import Split
 from workers.measures import EVALUATION_BATCH, Measure, measured
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from torch.optim.swa_utils import AveragedModel
 
     from storage.records import Recipe
-    from workers.datasets import Samples, Split
+    from workers.datasets import Samples
 
 
 class Serial:
@@ -31,12 +33,16 @@ class Serial:
         self._network = network.to(accelerator.device).to(memory_format=getattr(torch, memory_format))
         self._recipe, self._accelerator = recipe, accelerator
         self._net, self._optimizer = self._network, None
+        if recipe.ema and recipe.lora_rank:
+            raise ValueError(
+                "a moving average (ema) of low-rank additions (lora_rank) is not kept: leave one of them out"
+            )
         self._average = averaged(self._network, recipe.ema) if recipe.ema else None
         self.networks = [self._average.module if self._average else self._network]
 
     def measure(self, split: Samples) -> list[Measure]:
         """Loss and accuracy in eval mode."""
-        net = self._average or self._net
+        net = self._average or (self._network if self._accelerator.num_processes > 1 else self._net)
         was_training = net.training
         net.eval()
 
@@ -44,9 +50,15 @@ class Serial:
             with self._accelerator.autocast():
                 return net(images).unsqueeze(0)
 
-        found = measured(logits, split, EVALUATION_BATCH)
+        found = measured(logits, split, self._evaluation_batch(split), self._accelerator)
         net.train(was_training)
         return found
+
+    def _evaluation_batch(self, split: Samples) -> int:
+        """Of text only what fits in training: a sample is many times an image's size."""
+        if not (isinstance(split, Split) and isinstance(split.images, Mapping)):
+            return EVALUATION_BATCH
+        return min(EVALUATION_BATCH, -(-self._recipe.batch_size // self._recipe.accumulate))
 
     def step(self, split: Split, indices: torch.Tensor | None, lr: float) -> torch.Tensor:
         """One step on one minibatch, `indices` of `split` or all of it; its mean loss, [1]."""
@@ -70,14 +82,27 @@ class Serial:
         losses: list[torch.Tensor] = []
         soft = batch.labels.is_floating_point()  # then what smoothing there is is in them
         smoothing = 0.0 if soft else self._recipe.label_smoothing
-        for piece, share in parts_of(batch, self._recipe.accumulate):
+        for whole, part_share in parts_of(batch, self._recipe.accumulate):
+            piece, share = self._own_part(whole, part_share)
             with self._accelerator.autocast():
                 logits = self._net(piece.images)
                 loss = F.cross_entropy(logits, piece.labels, label_smoothing=smoothing)
             self._accelerator.backward(loss if share == 1 else loss * share)
             shown = F.cross_entropy(logits.detach(), piece.labels) if smoothing else loss.detach()
             losses.append(shown if share == 1 else shown * share)
-        return torch.stack(losses).sum()
+        total = torch.stack(losses).sum()
+        return self._accelerator.reduce(total, "mean") if self._accelerator.num_processes > 1 else total
+
+    def _own_part(self, batch: Split, share: float) -> tuple[Split, float]:
+        """This process's part of a minibatch that is a `share` of a step, and the factor by which the mean over the
+        processes becomes that of the step: those without a sample add nothing."""
+        accelerator, n = self._accelerator, len(batch)
+        if accelerator.num_processes == 1:
+            return batch, share
+        everyone = torch.arange(n, device=batch.labels.device)
+        own = everyone.tensor_split(accelerator.num_processes)[accelerator.process_index]
+        part = batch.at(own if len(own) else everyone[:1])
+        return part, share * accelerator.num_processes * len(own) / n
 
     def state(self) -> State:
         """Weights, optimizer and loss scale."""
@@ -91,6 +116,7 @@ class Serial:
 
     def restore(self, state: State) -> None:
         """Be where `state` was taken."""
+        self._started()  # gives the network its low-rank additions
         self._network.load_state_dict(part(state.tensors, "model"))
         if self._average:
             self._average.load_state_dict(part(state.tensors, "average"))
@@ -113,11 +139,17 @@ class Serial:
         """
         if self._optimizer is not None:
             return self._optimizer
+        if self._recipe.lora_rank:
+            from models.multimodal import with_lora
+
+            with_lora(self._network, self._recipe.lora_rank)
         self._optimizer = optimizer_of(list(self._network.parameters()), self._recipe)
         accelerator = self._accelerator
         if accelerator.scaler is not None:
             # One scaler per process: without this the last task's scale would be this one's.
             accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+        if accelerator.num_processes > 1:
+            self._network = synchronised(self._network)
         if accelerator.scaler is not None or accelerator.num_processes > 1:
             self._net, self._optimizer = accelerator.prepare(self._network, self._optimizer)
         return self._optimizer
@@ -134,6 +166,15 @@ def optimizer_of(parameters: list[Any], recipe: Recipe) -> torch.optim.Optimizer
     return torch.optim.SGD(
         trained, lr=lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
     )
+
+
+def synchronised(network: nn.Module) -> nn.Module:
+    """A network whose batch norms take their statistics over all processes. Raises ValueError on CPUs, where torch
+    has none that do."""
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms and next(network.parameters()).device.type == "cpu":
+        raise ValueError("batch norm over several processes needs GPUs: set resources.processes to 1")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) if norms else network
 
 
 def averaged(network: nn.Module, decay: float) -> AveragedModel:
