@@ -175,13 +175,15 @@ def with_lora(network: nn.Module, rank: int) -> nn.Module:
     """`network` itself, low-rank additions of this rank (alpha twice that) in the linear layers of its language model.
 
     Only they need gradients from here on. A is drawn from torch's global generator and B is zero, so it still
-    computes what it did. Raises ValueError for a network without a language model.
+    computes what it did. Raises ValueError for a network without a language model, or with masks.
     """
     from torch.nn import Linear
 
     targets = [n for n, m in network.named_modules() if isinstance(m, Linear) and ".language_model." in f".{n}"]
     if not targets:
         raise ValueError("lora_rank is for networks with a language model (hf/...); leave it out for this one")
+    if any(name.endswith("weight_orig") for name, _ in network.named_parameters()):
+        raise ValueError("lora_rank is for granularity filter: merged additions would fill what masks have emptied")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

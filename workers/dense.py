@@ -13,7 +13,7 @@ from workers.datasets import find_dataset
 from workers.rates import planned_epochs
 from workers.streams import seeded
 from workers.training import train
-from workers.weights import packed
+from workers.weights import packed, portable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,7 +77,7 @@ def train_dense(
         "test_loss": on_test.loss,
         "test_accuracy": on_test.accuracy,
     }
-    return packed(trained.state_dict(), about)
+    return packed(portable(trained), about)
 
 
 def load_dense(dense: Dense, content: bytes, data_root: str | None = None) -> nn.Module:

@@ -32,9 +32,12 @@ def metadata(content: bytes) -> dict[str, Any]:
 
 
 def portable(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of `model` on the CPU and contiguous: a copy."""
+    """The state of `model` on the CPU and contiguous, its low-rank additions merged: a copy."""
     import torch
 
+    from models.multimodal import merged
+
     return {
-        n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in model.state_dict().items()
+        n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for n, t in merged(model).state_dict().items()
     }
