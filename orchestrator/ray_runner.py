@@ -24,6 +24,7 @@ from orchestrator.account import Account, Failure, failure
 from orchestrator.cluster import environment
 from orchestrator.endings import End, Ending, seen, told
 from orchestrator.errors import UserError
+from orchestrator.together import TogetherTrainable
 from storage.machine import is_alive
 from storage.records import Shard
 from storage.store import Store
@@ -181,20 +182,29 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
     """
     gpus = _gpus(options)
     _check_fits(options.cpus, gpus)
+    several = options.processes > 1
     workers = None if options.workers == "auto" else int(options.workers)
-    pending = workers or _slots(options.cpus, gpus)
+    pending = workers or _slots(options.cpus, gpus, options.processes)
+    trainable = TogetherTrainable if several else ShardTrainable
+    # Ray Train asks for what its processes get; who starts them only waits, and Tune knows no bundle of nothing.
+    bundle = {"memory": 1.0} if several else _bundle(options.cpus, gpus)
+    workers = pending if several else workers
     common = {
         "store": store.absolute,
         "data_root": options.data_root,
         "cpu": gpus == 0,
         "driver": driver.id,
         "limits": asdict(options.limits),
+        "processes": options.processes,
+        "cpus": options.cpus,
+        "gpus": gpus,
     }
     driver.end_worker = end_worker
     with environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(pending)}), contextlib.redirect_stdout(sys.stderr):
         while not driver.stop.is_set() and (precision := account.queue.precision):
             searcher = ShardSearcher(account.queue, precision, common, driver)
-            _fit(searcher, _bundle(options.cpus, gpus), workers, Reporter(account, searcher))
+            placed = tune.with_resources(trainable, tune.PlacementGroupFactory([bundle]))
+            _fit(placed, searcher, workers, Reporter(account, searcher))
 
 
 def end_worker(note: Mapping[str, Any]) -> None:
@@ -211,11 +221,11 @@ def _kill(pid: int, started: float) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _fit(searcher: ShardSearcher, bundle: dict[str, float], workers: int | None, reporter: Reporter) -> None:
+def _fit(trainable: Any, searcher: ShardSearcher, workers: int | None, reporter: Reporter) -> None:
     """One Tune run. Its own files go to a folder that goes with it; it never raises on failed trials."""
     with tempfile.TemporaryDirectory(prefix="prunesweep-tune-", ignore_cleanup_errors=True) as storage:
         tune.Tuner(
-            tune.with_resources(ShardTrainable, tune.PlacementGroupFactory([bundle])),
+            trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=-1,
@@ -244,11 +254,11 @@ def _gpus(options: Options) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
-def _slots(cpus: float, gpus: float) -> int:
-    """How many shards fit on the cluster at once."""
+def _slots(cpus: float, gpus: float, processes: int) -> int:
+    """How many shards of so many processes fit on the cluster at once."""
     there = ray.cluster_resources()
     wanted = _bundle(cpus, gpus)
-    return max(1, min(int(there.get(name, 0) // amount) for name, amount in wanted.items()))
+    return max(1, min(int(there.get(name, 0) // (amount * processes)) for name, amount in wanted.items()))
 
 
 def _check_fits(cpus: float, gpus: float) -> None:

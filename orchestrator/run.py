@@ -11,6 +11,7 @@ from orchestrator.account import Account
 from orchestrator.cluster import check_reachable, connected
 from orchestrator.documents import Document
 from orchestrator.drivers import Driver, heeding_signals
+from orchestrator.errors import UserError
 from orchestrator.expand import keeps
 from orchestrator.plan import (
     STATUSES,
@@ -47,6 +48,7 @@ class Options:
     workers: int | str = "auto"
     cpus: float = 1
     gpus: float | str = "auto"
+    processes: int = 1
     limits: Limits = field(default_factory=Limits)
 
 
@@ -101,7 +103,8 @@ def with_resources(options: Options, wanted: Resources) -> Options:
         memory_bytes=None if wanted.memory_gb is None else int(wanted.memory_gb * 10**9),
         checkpoint_seconds=wanted.checkpoint_minutes * 60,
     )
-    return replace(options, workers=wanted.workers, cpus=wanted.cpus, gpus=wanted.gpus, limits=limits)
+    asked = {name: getattr(wanted, name) for name in ("workers", "cpus", "gpus", "processes")}
+    return replace(options, **asked, limits=limits)
 
 
 def finish(store: Store) -> None:
@@ -162,6 +165,8 @@ def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
     ):
         account = Account(store, queue, shown)
         if options.inline:
+            if options.processes > 1:
+                raise UserError("--inline is one process: leave it out, or set resources.processes to 1")
             from orchestrator.inline import run_inline
 
             run_inline(account, store, options, driver)

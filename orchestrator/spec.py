@@ -178,8 +178,7 @@ def _recipe_problem(one: Training) -> str | None:
         "nesterov needs a momentum of more than 0": one.nesterov and not one.momentum,
         f"momentum is sgd's; {one.optimizer} has betas": one.optimizer != "sgd" and one.momentum > 0,
         "betas are adam's and adamw's; sgd has a momentum": one.optimizer == "sgd" and "betas" in one.model_fields_set,
-        f"lr_schedule {one.lr_schedule} starts from one lr; a table is lr_schedule: table": not plain
-        and bool(later),
+        f"lr_schedule {one.lr_schedule} starts from one lr; a table is lr_schedule: table": not plain and bool(later),
         "final_lr is where lr_schedule cosine or linear ends": plain and one.final_lr > 0,
         f"final_lr {one.final_lr} is not below lr {first}": not plain and one.final_lr >= first,
         f"{one.warmup_epochs} warmup_epochs leave nothing of {one.epochs} epochs": 0 < one.epochs <= one.warmup_epochs,
@@ -227,7 +226,8 @@ def _recipe(one: Training, **more: Any) -> Recipe:
 
 
 class Resources(Strict):
-    """What a shard gets, and how many run at once. `gpus: auto` is 1 where the cluster has any;
+    """What a shard gets, and how many run at once. With `processes` so many train each task together, each with
+    these cpus and gpus. `gpus: auto` is 1 where the cluster has any;
     `candidates_per_shard: auto` grows with the grid (`plan.block_size`).
 
     A task over `task_minutes`, or a worker over `memory_gb`, ends its process, not the sweep. What takes
@@ -237,6 +237,7 @@ class Resources(Strict):
     workers: Count | Literal["auto"] = "auto"
     cpus: Annotated[Number, Field(gt=0)] = 1
     gpus: Number | Literal["auto"] = "auto"
+    processes: Count = 1
     candidates_per_shard: Count | Literal["auto"] = "auto"
     task_minutes: Annotated[Number, Field(gt=0)] | None = None
     memory_gb: Annotated[Number, Field(gt=0)] | None = None

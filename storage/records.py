@@ -351,10 +351,12 @@ class Execution:
     memory_format: str
     device_model: str
     versions: tuple[tuple[str, str], ...]
+    processes: int = 1
 
     @cached_property
     def json(self) -> str:
-        return canonical_json(asdict(self) | {"versions": dict(self.versions)})
+        plain = asdict(self) | {"versions": dict(self.versions)}
+        return canonical_json(without_defaults(plain, {"processes": 1}))
 
     @staticmethod
     def from_json(text: str) -> Execution:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from workers.datasets import Samples
 
 
+IGNORED = -100
+"""The label of what no loss is taken of, in torch's cross-entropy."""
+
+
 class Serial:
     """One network in training, any model, any recipe, any precision.
 
@@ -91,7 +95,11 @@ class Serial:
             shown = F.cross_entropy(logits.detach(), piece.labels) if smoothing else loss.detach()
             losses.append(shown if share == 1 else shown * share)
         total = torch.stack(losses).sum()
-        return self._accelerator.reduce(total, "mean") if self._accelerator.num_processes > 1 else total
+        if self._accelerator.num_processes == 1:
+            return total
+        mean = self._accelerator.reduce(total, "mean")
+        assert isinstance(mean, torch.Tensor)
+        return mean
 
     def _own_part(self, batch: Split, share: float) -> tuple[Split, float]:
         """This process's part of a minibatch that is a `share` of a step, and the factor by which the mean over the
@@ -102,7 +110,7 @@ class Serial:
         everyone = torch.arange(n, device=batch.labels.device)
         own = everyone.tensor_split(accelerator.num_processes)[accelerator.process_index]
         part = batch.at(own if len(own) else everyone[:1])
-        return part, share * accelerator.num_processes * len(own) / n
+        return part, share * accelerator.num_processes * (counted(part) / counted(batch) if len(own) else 0.0)
 
     def state(self) -> State:
         """Weights, optimizer and loss scale."""
@@ -185,12 +193,19 @@ def averaged(network: nn.Module, decay: float) -> AveragedModel:
 
 
 def parts_of(batch: Split, count: int) -> Iterator[tuple[Split, float]]:
-    """A minibatch in `count` parts of about one size, each with its share of the samples."""
+    """A minibatch in `count` parts of about one size, each with its share of what the loss is a mean over."""
     if count == 1:
         yield batch, 1.0
         return
     for indices in torch.arange(len(batch), device=batch.labels.device).tensor_split(min(count, len(batch))):
-        yield batch.at(indices), len(indices) / len(batch)
+        part = batch.at(indices)
+        yield part, counted(part) / counted(batch)
+
+
+def counted(batch: Split) -> int:
+    """What a mean loss over a batch is a mean over: its samples, or of text its answer tokens."""
+    labels = batch.labels
+    return len(batch) if labels.is_floating_point() else int((labels != IGNORED).sum())
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections import Counter
@@ -42,6 +43,9 @@ PAUSE_AFTER = 5
 OUT_OF_MEMORY = "OutOfMemory"
 """The error class of a task that ran out of memory alone, whatever the library called it."""
 
+PART_SECONDS = 10.0
+"""So long a process that met an error waits for the first one to write it down."""
+
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Our names of a precision -> Accelerate's."""
 
@@ -66,6 +70,10 @@ class Together(Exception):
     """Tasks of a fleet failed together: each is to be tried for itself."""
 
 
+class Parted(Exception):
+    """A task failed that several processes trained: they may not be at the same point any more."""
+
+
 class Repeated(Exception):
     """Too many tasks of one cell fail at the same place."""
 
@@ -77,17 +85,13 @@ class DenseModel:
     model: nn.Module
     sha256: str
 
-    def weight(self, layer: str) -> torch.Tensor:
-        """A layer's weights, [F, ...]."""
-        weight = self.model.get_submodule(layer).weight
-        return weight.detach()  # pyright: ignore[reportCallIssue]
-
 
 class Worker:
     """What one process holds between tasks: the prepared data sets and the dense models.
 
     With a `pulse` it shows what it is at, heeds limits and the wish to stop, and checkpoints. `fixed` is
-    an execution to repeat, in place of the one the store has for a shape.
+    an execution to repeat, in place of the one the store has for a shape. Several `joined` workers train each task
+    together: the first decides and writes, and is the only one with a pulse.
     """
 
     def __init__(
@@ -99,9 +103,10 @@ class Worker:
         cpu: bool = False,
         pulse: Pulse | None = None,
         fixed: Execution | None = None,
+        joined: bool = False,
     ) -> None:
         self.store, self.data_root, self.precision, self.cpu = store, data_root, precision, cpu
-        self.pulse, self.fixed = pulse, fixed
+        self.pulse, self.fixed, self.joined = pulse, fixed, joined
         self.messages: list[str] = []
         self._cache: dict[tuple[Any, ...], Any] = {}
         self._checkpoints: list[Checkpoint] = []
@@ -130,10 +135,13 @@ class Worker:
             while True:
                 try:
                     for group in grouped(self._attempts(shard)):
-                        with self._at(shard, group[-1].task_id):
-                            self.store.commit_rows(shard.filed_under, group)
-                            self._drop_checkpoints()
+                        if self.leads:
+                            with self._at(shard, group[-1].task_id):
+                                self.store.commit_rows(shard.filed_under, group)
+                                self._drop_checkpoints()
                         yield from group
+                        if self.joined and group[-1].status == "failed":
+                            raise Parted
                     return
                 except Halved:
                     continue
@@ -148,15 +156,15 @@ class Worker:
                 self.train_dense(shard.dense)
             return
         known = Attempts(self.store, shard.filed_under, (task.task_id for task in shard.tasks))
-        attempts, looked = known.look(), time.monotonic()
+        attempts, looked = self._agreed(known.look()), time.monotonic()
         failures: Counter[str] = Counter()
         size = self._fleet_size(shard)
         for fleet in fleets(shard.tasks, size):
-            if self.pulse and self.pulse.stop.is_set():
+            if self._agreed(bool(self.pulse and self.pulse.stop.is_set())):
                 raise Stopped
-            if time.monotonic() - looked >= LOOK_AGAIN_SECONDS:
+            if self._agreed(time.monotonic() - looked >= LOOK_AGAIN_SECONDS):
                 # Another driver may be at the same shard.
-                attempts, looked = known.look(), time.monotonic()
+                attempts, looked = self._agreed(known.look()), time.monotonic()
             tries = {task: len(attempts.get(task.task_id, [])) + 1 for task in fleet}
             left = [task for task in fleet if "done" not in attempts.get(task.task_id, [])]
             for row in self._rows(shard, left, tries, size) if left else ():
@@ -208,6 +216,9 @@ class Worker:
             self._checkpoints = before  # nor is that of this task
             raise
         except Exception as error:
+            if not self.leads:
+                time.sleep(PART_SECONDS)  # that the first, which has met the same, can write it down
+                raise
             short, (task, *others) = is_memory_short(error), tasks
             if short and self._halve_fleet(task.cell):
                 raise Halved from None
@@ -230,19 +241,37 @@ class Worker:
         from workers.dense import initial_model, train_dense
         from workers.execution import arithmetic, choose_execution
 
-        if self.store.dense(dense.dense_id) is not None:
+        if self._agreed(self.store.dense(dense.dense_id) is not None):
             return
-        self._set_damaged_aside(dense)  # what is there would be in the way of the same name
+        if self.leads:
+            self._set_damaged_aside(dense)  # what is there would be in the way of the same name
         data, device = self.data(dense), self.accelerator.device
         kind = () if is_plain(dense.recipe) else ("eager",)
         shape = (dense.model, dense.dataset, dense.recipe.batch_size, "dense", *kind)
         decide = lambda: self._fastest(initial_model(dense, self.data_root), data, dense.recipe, 1)  # noqa: E731
-        execution = choose_execution(self.store, shape, device, decide)
+        execution = self._joined_execution() or choose_execution(self.store, shape, device, decide)
         checkpoint = self.checkpoint(dense.dense_id, {"execution": execution.json})
         with arithmetic(execution):
             content = train_dense(dense, data, self.accelerator, execution, checkpoint, self.data_root)
-        self.store.commit_dense(dense.dense_id, content)
-        self._drop_checkpoints()
+        if self.leads:
+            self.store.commit_dense(dense.dense_id, content)
+            self._drop_checkpoints()
+
+    # -- several processes -------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process decides and writes."""
+        return not self.joined or self.accelerator.is_main_process
+
+    def _agreed(self, found: Any) -> Any:
+        """What the first of joined processes found: each must go the same way."""
+        if not self.joined:
+            return found
+        from accelerate.utils import broadcast_object_list
+
+        assert self.accelerator  # its process group is what this talks through
+        return broadcast_object_list([found])[0]
 
     def take_messages(self) -> list[str]:
         """What the person should know, since the last time."""
@@ -256,9 +285,11 @@ class Worker:
         return self.pulse.at(shard.shard_id, *keys, limited=limited) if self.pulse else nullcontext()
 
     def checkpoint(self, key: str, about: Mapping[str, Any]) -> Checkpoint | None:
-        """The checkpoint of the training that begins; none without a pulse."""
+        """The checkpoint of the training that begins; none without a pulse. Who does not lead only reads it."""
         from workers.checkpoints import Checkpoint
 
+        if not self.leads:
+            return Checkpoint(self.store.scratch, key, about, math.inf)
         if self.pulse is None:
             return None
         seconds, stop = self.pulse.limits.checkpoint_seconds, self.pulse.stop.is_set
@@ -302,9 +333,16 @@ class Worker:
         """The prepared data set a dense model and all that is pruned from it are trained on."""
         from workers.datasets import prepare
 
-        key = ("data", dense.dataset, dense.validation)
-        device = self.accelerator.device
-        return self._once(key, lambda: prepare(dense.dataset, self.data_root, dense.validation, device))
+        content, device = dict(dense.content).get("dataset"), self.accelerator.device
+
+        def make() -> Data:
+            data = prepare(dense.dataset, self.data_root, dense.validation, device, content)
+            if data.damaged:
+                some = f"{', '.join(data.damaged[:5])}{', ...' if data.skipped > 5 else ''}"
+                self._report(f"{dense.dataset}: {data.skipped} damaged images are left out: {some}")
+            return data
+
+        return self._once(("data", dense.dataset, dense.validation, content), make)
 
     def loss_set(self, cell: Cell) -> Samples:
         """What pruned train loss is measured on: the train set, or a fixed subset of it."""
@@ -324,16 +362,31 @@ class Worker:
 
     def execution(self, cell: Cell) -> Execution:
         """How tasks of this shape are computed here."""
+        from workers.backends import SERIAL
         from workers.execution import choose_execution, repeated
 
         device = self.accelerator.device
         if self.fixed:
             return repeated(self.fixed, device)
         shape = self._shape(cell)
-        decide = lambda: self._fastest(  # noqa: E731
-            self._example(cell), self.data(cell.dense), cell.retrain, self._most
+        # A mask lives in the modules, which only the serial back-end runs; a task in steps runs for itself.
+        at_once = self._most if cell.schedule == "one-shot" else 1
+        decide = lambda: (  # noqa: E731
+            SERIAL
+            if cell.granularity == "weight"
+            else self._fastest(self._example(cell), self.data(cell.dense), cell.retrain, at_once)
         )
-        return self._once(("execution", shape), lambda: choose_execution(self.store, shape, device, decide))
+        choose = lambda: self._joined_execution() or choose_execution(self.store, shape, device, decide)  # noqa: E731
+        return self._once(("execution", shape), choose)
+
+    def _joined_execution(self) -> Execution | None:
+        """How tasks are computed by several processes; None for one alone."""
+        from workers.backends import SERIAL
+        from workers.execution import execution_of
+
+        if not self.joined:
+            return None
+        return replace(execution_of(SERIAL, self.accelerator.device), processes=self.accelerator.num_processes)
 
     def _shape(self, cell: Cell) -> tuple[Any, ...]:
         from models import layer_units
@@ -344,18 +397,22 @@ class Worker:
         removed = tuple(n_removed(units[name], ratio) for name, ratio in cell.layers)
         names = tuple(name for name, _ in cell.layers)
         kind = () if is_plain(cell.retrain) else ("eager",)
+        usual = {cell.granularity: "filter", cell.schedule: "one-shot", cell.scope: "local"}
+        kind += tuple(given for given, default in usual.items() if given != default)
         shape = (cell.dense.model, cell.dense.dataset, names, removed, cell.retrain.batch_size, cell.precision, *kind)
         return shape if self.accelerator.device.type == "cpu" else (*shape, self._most)
 
     def _example(self, cell: Cell) -> nn.Module:
         """A pruned network of a cell's shape."""
-        from pruners.pruners import choose
+        from models import layer_units
+        from pruners.candidates import n_removed
         from pruners.surgery import prune
         from workers.datasets import probe
 
-        dense, ratios = self.dense(cell.dense), dict(cell.layers)
-        removed = choose("l1", {name: dense.weight(name) for name in ratios}, ratios)
-        return prune(dense.model, removed, probe(self.data(cell.dense).train, 1))
+        units = layer_units(cell.dense.model)
+        removed = {name: tuple(range(n_removed(units[name], ratio))) for name, ratio in cell.layers}
+        removed = {name: gone for name, gone in removed.items() if gone}
+        return prune(self.dense(cell.dense).model, removed, probe(self.data(cell.dense).train, 1))
 
     def _fastest(self, network: nn.Module, data: Data, recipe: Recipe, block: int) -> dict[str, Any]:
         """The choice for networks like this one, in fleets of at most `block`."""

@@ -1,0 +1,122 @@
+"""Several processes for each task: Ray Train starts them, Accelerate joins them, the first one decides and writes.
+
+A shard is a Tune trial as ever; its actor only waits. Where a task fails, or a process dies, all end, and
+what is left begins anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from dataclasses import astuple, replace
+from typing import Any
+
+import ray
+from ray import train, tune
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.queue import Empty, Queue
+
+from orchestrator.account import Failure, failure
+from orchestrator.endings import End, Ending, told
+from storage.records import Shard
+from storage.store import Store
+from workers.pulse import Limits, Pulse
+from workers.worker import Parted, Worker
+
+LAST_WORD_SECONDS = 2.0
+
+
+class TogetherTrainable(tune.Trainable):
+    """Tune's side of the processes that run a shard."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.left, self.common = Shard.from_dict(new_config["shard"]), new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Run what is left of the shard, to its end or to the first task that fails."""
+        found = run_processes({**self.common, "shard": self.left.to_dict()})
+        failed = {task_id for task_id, *_ in found["failures"]}
+        self.left = replace(self.left, tasks=tuple(t for t in self.left.tasks if t.task_id not in failed))
+        if found["ending"] is None and not self.left.tasks:
+            found["ending"] = astuple(Ending(End.FINISHED))
+        return {**found, "done": found["ending"] is not None}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: what is done is in the store."""
+
+
+def run_processes(config: dict[str, Any]) -> dict[str, Any]:
+    """What the first process tells of a shard's run. Raises what ended the processes where it told nothing."""
+    words, lost = Queue(actor_options={"num_cpus": 0}), None
+    try:
+        with tempfile.TemporaryDirectory(prefix="prunesweep-train-", ignore_cleanup_errors=True) as storage:
+            TorchTrainer(
+                in_each_process,
+                train_loop_config={**config, "words": words},
+                scaling_config=train.ScalingConfig(
+                    num_workers=config["processes"], use_gpu=config["gpus"] > 0, resources_per_worker=bundle_of(config)
+                ),
+                run_config=train.RunConfig(storage_path=storage),
+            ).fit()
+    except TrainingFailedError as error:
+        lost = error
+    try:
+        return words.get(timeout=LAST_WORD_SECONDS)
+    except Empty:
+        raise lost or RuntimeError("the processes ended without a word") from None
+    finally:
+        words.shutdown(grace_period_s=0)
+
+
+def bundle_of(config: dict[str, Any]) -> dict[str, float]:
+    """What one process gets."""
+    return {"CPU": config["cpus"], "GPU": config["gpus"]} if config["gpus"] else {"CPU": config["cpus"]}
+
+
+class Ended(Exception):
+    """The first process has told how the shard ended; the others wait for it in vain, and are to be ended."""
+
+
+def in_each_process(config: dict[str, Any]) -> None:
+    """Run a shard as one of its processes. Raises Ended where the others cannot come to the same end."""
+    store, shard = Store(config["store"]), Shard.from_dict(config["shard"])
+    leads = train.get_context().get_world_rank() == 0
+    with _pulse(store, config) if leads else contextlib.nullcontext() as pulse:
+        worker = Worker(store, config["data_root"], shard.precision, cpu=config["cpu"], pulse=pulse, joined=True)
+        if not leads:
+            for _ in worker.run_shard(shard):
+                pass
+            return
+        found = _told(worker, shard)
+        config["words"].put(found)
+    if found["ending"] != astuple(Ending(End.FINISHED)):
+        raise Ended
+
+
+def _pulse(store: Store, config: dict[str, Any]) -> Pulse:
+    where = {"node": ray.get_runtime_context().get_node_id()}
+    return Pulse(store, config["driver"], Limits(**config["limits"]), where)
+
+
+def _told(worker: Worker, shard: Shard) -> dict[str, Any]:
+    """Run a shard, and what is to be told of it: no ending where a task failed, and others are left."""
+    done, failures, ending = 0, list[Failure](), Ending(End.FINISHED)
+    try:
+        for row in worker.run_shard(shard):
+            done += row.status == "done"
+            failures += [failure(row)] if row.status == "failed" else []
+    except Parted:
+        ending = None
+    except Exception as error:
+        ending = told(error)
+    return {
+        "tasks_done": done,
+        "failures": failures,
+        "messages": worker.take_messages(),
+        "ending": None if ending is None else astuple(ending),
+    }
