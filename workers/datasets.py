@@ -104,14 +104,19 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A prepared data set; `validation` is what was held out of the train set, possibly empty. `skipped` are the
-    files that were left out as they are damaged."""
+    """A prepared data set; `validation` is what was held out of the train set, possibly empty. `damaged` are the
+    files that were left out."""
 
     train: Samples
     validation: Samples
     test: Samples
     classes: int
-    skipped: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def skipped(self) -> int:
+        """How many samples were left out."""
+        return len(self.damaged)
 
 
 Shape = tuple[int, int, int]
@@ -121,7 +126,7 @@ Color = tuple[float, float, float]
 @dataclass(frozen=True)
 class Dataset:
     """A data set the grid can name. `files` are those it needs under the data root; `source` is torchvision's
-    name for what can fetch them, `folder` where they then lie."""
+    name for what can fetch them, `folder` where they then lie. `damaged` files are left out."""
 
     name: str
     load: Callable[[Path], tuple[Samples, Samples]]
@@ -132,7 +137,7 @@ class Dataset:
     files: tuple[str, ...] = ()
     source: str | None = None
     folder: str | None = None
-    skipped: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
 
     def missing(self, data_root: str | Path) -> list[str]:
         """Those of `files` that are not under `data_root`."""
@@ -322,13 +327,21 @@ def root_or_default(data_root: str | Path | None) -> Path:
     return Path(data_root or os.environ.get("PRUNESWEEP_DATA_ROOT") or "data").expanduser().absolute()
 
 
-def prepare(name: str, data_root: str | Path, validation: float, device: torch.device) -> Data:
+def prepare(
+    name: str, data_root: str | Path, validation: float, device: torch.device, content: str | None = None
+) -> Data:
     """Load a data set onto `device`, holding out a `validation` share of its train set.
 
-    Raises DataMissing where its files are not there: a worker never downloads.
+    Raises DataMissing where its files are not there: a worker never downloads; ValueError where it has not the
+    `content` it was planned with.
     """
     import torch
 
+    if content is not None and (found := dataset_content(name, data_root)) != content:
+        raise ValueError(
+            f"the data set {name} is another one here than where the sweep was planned (content {found}, planned "
+            f"{content}): run the spec again for tasks on what is there now, or bring back what was"
+        )
     dataset = find_dataset(name, data_root)
     if dataset.missing(data_root):
         raise DataMissing(missing_message(name, data_root))
@@ -337,7 +350,7 @@ def prepare(name: str, data_root: str | Path, validation: float, device: torch.d
     held = int(len(train) * validation)
     # With nothing held out the train set keeps the order of its files, and its memory.
     rest = train.at(order[held:].sort().values) if held else train
-    return Data(rest.to(device), train.at(order[:held]).to(device), test.to(device), dataset.classes, dataset.skipped)
+    return Data(rest.to(device), train.at(order[:held]).to(device), test.to(device), dataset.classes, dataset.damaged)
 
 
 def first(samples: Samples, n: int) -> Split:
