@@ -112,7 +112,7 @@ def heads_of(module: Any) -> Heads | None:
     tables: list[tuple[str, int]] = []
     for name, part in _others(module, {*names, "proj"}):
         shape = _shape(part)
-        if shape == (count * width,) and isinstance(part, torch.Tensor) or name == "gate":
+        if name == "gate" or (shape == (count * width,) and isinstance(part, torch.Tensor)):
             writes.append((name, 1))
         elif shape == (count * width,):
             reads.append(name)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 CLASSES = 17
 """Of the network that is traced; a number that no layer has as its width."""
 
+HEADS, PROJECTIONS = ("num_heads", "n_heads", "heads"), ("proj", "out_proj", "merge")
+"""The attributes by which a block of attention is known, and the layers in one that write to what is outside."""
+
 
 def remembered(key: Sequence[str]) -> dict[str, int] | None:
     """The layers that were found before under `key`; None where there are none."""
@@ -99,9 +102,10 @@ def _traced(model: nn.Module, example: torch.Tensor) -> tuple[Any, list[Any]]:
 
 
 def _inside_attention(model: nn.Module) -> set[str]:
-    """The layers whose outputs belong to heads: they go with these, not one by one."""
-    blocks = [(name, getattr(m, "prunable_heads", None)) for name, m in model.named_modules()]
-    return {f"{name}.{layer}" for name, heads in blocks if heads is not None for layer, _ in heads.writes}
+    """The layers whose outputs belong to heads, known or not: they go with these, not one by one."""
+    blocks = [(name, m) for name, m in model.named_modules() if any(hasattr(m, heads) for heads in HEADS)]
+    layers = [(f"{name}.{own}", own) for name, block in blocks for own, _ in block.named_children()]
+    return {layer for layer, own in layers if own not in PROJECTIONS}
 
 
 def _loses_units(module: Any) -> bool:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from models import MODELS, build_model, input_shape, layer_units
 from pruners.candidates import n_removed
+from pruners.criteria import own_norms
 from pruners.equivalence import LIMIT, PROBE_SAMPLES, equivalence
 from pruners.pruners import choose
-from pruners.surgery import prune
+from pruners.surgery import NothingFell, check_fell, prune
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,8 +33,11 @@ def dense(name: str) -> tuple[nn.Module, torch.Tensor]:
 def removed_from(
     model: nn.Module, ratios: dict[str, float], pruner: str = "random", seed: int = 0
 ) -> dict[str, tuple[int, ...]]:
-    weights = {name: model.get_submodule(name).weight.detach() for name in ratios}  # pyright: ignore[reportCallIssue]
-    return choose(pruner, weights, ratios, pruner_seed=seed)
+    units = {name: len(model.get_submodule(name).weight) for name in ratios}  # pyright: ignore[reportArgumentType]
+    importances = None
+    if pruner != "random":
+        importances = {name: own_norms(model, name, n)[pruner].needed(name, pruner) for name, n in units.items()}
+    return choose(pruner, units, ratios, importances=importances, pruner_seed=seed)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("resnet110", "vgg19", "vgg16", "vgg13")])
@@ -137,13 +141,29 @@ def test_the_check_catches_wrong_surgery(wrong: str) -> None:
     assert error is not None and error > LIMIT
 
 
-def test_statistics_over_removed_units_have_no_reference() -> None:
-    """A layer norm over the pruned units: no error is made up, the reason is given."""
+def test_a_layer_norm_is_evaluated_on_what_is_kept() -> None:
+    """A layer norm over the pruned units: the reference sees the kept ones, and the check still catches surgery."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3)).eval()
     probe = torch.randn(PROBE_SAMPLES, 8, generator=torch.Generator().manual_seed(0))
     pruned = prune(model, {"0": (1,)}, probe[:1])
+    assert pruned.get_submodule("1").normalized_shape == (5,)
     found = equivalence(model, pruned, {"0": (1,)}, probe)
-    assert found.error is None and found.reason == "1 takes statistics over the removed units"
+    assert found.error is not None and found.error <= LIMIT
+    with torch.no_grad():
+        pruned.get_parameter("1.weight")[0] += 1e-6
+    wrong = equivalence(model, pruned, {"0": (1,)}, probe)
+    assert wrong.error is not None and wrong.error > LIMIT
+
+
+def test_statistics_over_groups_have_no_reference() -> None:
+    """Removed units move the others to other groups of a group norm: no error is made up, the reason is given."""
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 4, 3), torch.nn.Flatten()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(4, 3)).eval()
+    probe = torch.randn(PROBE_SAMPLES, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    found = equivalence(model, prune(model, {"0": (1, 2)}, probe[:1]), {"0": (1, 2)}, probe)
+    assert found.error is None and found.reason is not None and found.reason.startswith("1 takes statistics over")
+    with pytest.raises(ValueError, match="0: it is coupled to 1, a norm over 2 groups, and 7 channels do not divide"):
+        prune(model, {"0": (1,)}, probe[:1])
 
 
 def test_batch_norm_is_cut_with_its_convolution() -> None:
@@ -174,3 +194,65 @@ def test_layers_that_share_channels_are_refused() -> None:
 
     with pytest.raises(ValueError, match="same channels"):
         prune(Sum(), {"a": (0,), "b": (1,)}, torch.zeros(1, 4))
+
+
+def test_layers_that_cut_one_concatenation_are_cut_together() -> None:
+    """What two layers remove of a concatenation is cut at once: the indices are those from before."""
+
+    class Concatenated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.relu(torch.cat([self.a(x), self.b(x)], 1))).flatten(1)
+
+    model, probe = Concatenated().eval(), torch.randn(PROBE_SAMPLES, 3, 2, 2)
+    removed = {"a": (0, 2), "b": (1,)}
+    pruned = prune(model, removed, probe[:1])
+    assert torch.equal(pruned.get_parameter("out.weight"), model.state_dict()["out.weight"][:, [1, 3, 4, 6, 7]])
+    found = equivalence(model, pruned, removed, probe)
+    assert found.error is not None and found.error <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        ("grouped", "grouped: it is coupled to the grouped convolution grouped, whose channels"),
+        ("before", "before: it is coupled to the grouped convolution grouped"),
+        ("last", "last: its units are coupled to the network's output"),
+        ("idle", "idle: tracing did not find it"),
+    ],
+)
+def test_layers_that_cannot_lose_units_are_refused(layer: str, why: str) -> None:
+    """Grouped convolutions, what they read, the network's output, what is not run: the reason is told."""
+
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.grouped = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 1, groups=2)
+            self.idle, self.last = torch.nn.Linear(2, 2), torch.nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.grouped(self.before(x)).mean((2, 3)))
+
+    with pytest.raises(ValueError, match=why):
+        prune(Odd(), {layer: (0,)}, torch.zeros(1, 3, 4, 4))
+
+
+def test_tracing_leaves_the_network_as_it_was() -> None:
+    """Modes of modules, and which parameters are frozen, are the same afterwards; frozen ones are cut too."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Dropout(), torch.nn.Linear(6, 2)).train()
+    model[0].requires_grad_(False)
+    pruned = prune(model, {"0": (0, 1)}, torch.zeros(1, 4))
+    assert all(m.training for m in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+    assert pruned.get_parameter("2.weight").shape == (2, 4)
+
+
+def test_a_network_that_did_not_get_smaller_is_told() -> None:
+    """Parameters and multiply-adds must both fall."""
+    check_fell((10, 100), (9, 99))
+    for after in ((10, 99), (9, 100)):
+        with pytest.raises(NothingFell, match="the pruned network has"):
+            check_fell((10, 100), after)
