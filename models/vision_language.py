@@ -17,15 +17,15 @@ class VisionLanguage(nn.Module):
     they are computed, since all [B, V, T] would be by far the largest tensor of a training.
     """
 
-    def __init__(self, config: Any, model: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(self, model: nn.Module, lm_head: nn.Module) -> None:
         super().__init__()
-        self.config, self.model, self.lm_head = config, model, lm_head
+        self.model, self.lm_head = model, lm_head
 
     @classmethod
     def of(cls, whole: Any) -> Self:
         """The parts of a `...ForConditionalGeneration`, its norms exact in every precision."""
         _exact_norms(whole)
-        return cls(whole.config, whole.model, whole.lm_head)
+        return cls(whole.model, whole.lm_head)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if not isinstance(batch, Mapping):
@@ -37,12 +37,13 @@ class VisionLanguage(nn.Module):
 
     def after_surgery(self) -> None:
         """Make what the config and the feed-forward blocks say of their widths true again."""
+        model: Any = self.model
         widest = 0
-        for module in self.model.get_submodule("language_model").modules():
+        for module in model.language_model.modules():
             if width := _width(module):
                 module.intermediate_size = width  # type: ignore[assignment]
                 widest = max(widest, width)
-        self.config.text_config.intermediate_size = widest  # a config has one width for all blocks
+        model.config.text_config.intermediate_size = widest  # a config has one width for all blocks
 
 
 def _width(module: nn.Module) -> int | None:
