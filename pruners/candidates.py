@@ -13,6 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_ALL = 10**6
 """Above this many combinations in a cell, `all` is refused."""
@@ -103,6 +107,15 @@ def sampled(space: Space, seed: int, count: int) -> list[int]:
     if count > space.size:
         raise ValueError(f"{count} samples of {space.size} candidates")
     return list(islice(draws(space, seed), count))
+
+
+def priorities(key: str, n: int) -> np.ndarray:
+    """n numbers to rank by, float64 below 1: those of a key, whatever else is drawn. The k lowest are a subset
+    that is drawn uniformly."""
+    import numpy as np
+
+    seed = int.from_bytes(hashlib.sha256(f"prunesweep/{key}".encode()).digest()[:16])
+    return (np.random.Philox(key=seed).random_raw(n) >> 11) * 2.0**-53
 
 
 def _integers_below(limit: int, key: str) -> Iterator[int]:

@@ -1,35 +1,295 @@
-"""Criteria: how important each unit of a layer is. Higher = keep."""
+"""Criteria: how important each unit of a layer is. Higher = keep.
+
+`l1` and `l2` are norms of the unit's own weights; the others are torch-pruning's group importances, as that
+library defines them. docs/criteria.md has each one's definition.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-Importance = Callable[["torch.Tensor"], "torch.Tensor"]
-
-
-def l1(weight: torch.Tensor) -> torch.Tensor:
-    """L1 norm of each filter's own weights, float64: weight [F, ...] -> [F]."""
-    return weight.detach().double().cpu().reshape(len(weight), -1).abs().sum(1)
+NEEDS = ("weights", "gradients", "activations", "data")
+"""What a criterion reads of a network; a user's own may look at the calibration samples themselves."""
 
 
-def l2(weight: torch.Tensor) -> torch.Tensor:
-    """L2 norm of each filter's own weights, float64: weight [F, ...] -> [F]."""
-    return weight.detach().double().cpu().reshape(len(weight), -1).square().sum(1).sqrt()
+@dataclass(frozen=True)
+class Criterion:
+    """A criterion: what it needs, and the class of torch-pruning that computes it, where it is not ours."""
+
+    name: str
+    needs: str = "weights"
+    library: str | None = None
 
 
-CRITERIA: Mapping[str, Importance] = {"l1": l1, "l2": l2}
+CRITERIA: Mapping[str, Criterion] = {
+    one.name: one
+    for one in (
+        Criterion("l1"),
+        Criterion("l2"),
+        Criterion("taylor", "gradients", "GroupTaylorImportance"),
+        Criterion("hessian", "gradients", "GroupHessianImportance"),
+        Criterion("fpgm", library="FPGMImportance"),
+        Criterion("lamp", library="LAMPImportance"),
+        Criterion("bn_scale", library="BNScaleImportance"),
+        Criterion("activation", "activations", "ActivationImportance"),
+    )
+}
 
 
-def least_important(importance: torch.Tensor, k: int) -> tuple[int, ...]:
-    """The k units of the lowest importance, ascending; among equals the lowest index goes first."""
-    order = importance.argsort(stable=True).tolist()
-    return tuple(sorted(order[:k]))
+class NotScored(ValueError):
+    """A criterion has no importance for the units of a layer."""
 
 
-def score(importance: torch.Tensor, units: tuple[int, ...]) -> float:
+@dataclass(frozen=True)
+class Importance:
+    """The importance of each unit of a layer, float64 [units], or the reason why there is none."""
+
+    units: torch.Tensor | None
+    reason: str | None = None
+
+    def needed(self, layer: str, criterion: str) -> torch.Tensor:
+        """The importances. Raises NotScored, naming the layer, where there are none."""
+        if self.units is None:
+            raise NotScored(f"{layer}: {criterion} has no importance for it: {self.reason}; choose another criterion")
+        return self.units
+
+
+def checked(importance: torch.Tensor, units: int) -> Importance:
+    """An importance that is finite for each of `units`; else none, and why."""
+    found = importance.detach().double().cpu()
+    if found.shape != (units,):
+        return Importance(None, f"its shape is {tuple(found.shape)}, not ({units},)")
+    return Importance(found) if found.isfinite().all() else Importance(None, "it is not finite")
+
+
+def own_norms(model: nn.Module, layer: str, units: int) -> dict[str, Importance]:
+    """l1 and l2 of a layer: the norms of each unit's own weights, bias left out.
+
+    Those of an attention head are the sums over the rows that write its queries, keys and values.
+    """
+    module: Any = model.get_submodule(layer)
+    heads = getattr(module, "prunable_heads", None)
+    if heads is not None:
+        written = [(getattr(module, name), parts) for name, parts in heads.writes]
+        rows = [(_norms(one.weight), parts) for one, parts in written if _is_linear(one)]
+        each = {p: sum(of[p].reshape(parts, units, -1).sum((0, 2)) for of, parts in rows) for p in ("l1", "l2")}
+        return {name: checked(norms, units) for name, norms in each.items()}
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim < 2:
+        return {p: Importance(None, "it has no weights of its own") for p in ("l1", "l2")}
+    transposed = getattr(module, "transposed", False)
+    return {p: checked(n, units) for p, n in _norms(weight.transpose(0, 1) if transposed else weight).items()}
+
+
+def _norms(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows = weight.detach().double().cpu().flatten(1)
+    return {"l1": rows.abs().sum(1), "l2": rows.square().sum(1).sqrt()}
+
+
+def _is_linear(module: Any) -> bool:
+    from torch import nn
+
+    return isinstance(module, nn.Linear)
+
+
+# -- torch-pruning's ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of the mean loss over the calibration samples, by parameter name: the gradient, and the mean square of
+    the gradients of single samples, which stands for the Hessian's diagonal."""
+
+    mean: Mapping[str, torch.Tensor]
+    square: Mapping[str, torch.Tensor]
+
+
+Batches = Iterable[tuple[Any, "torch.Tensor"]]
+"""(images, labels) after (images, labels)."""
+
+
+def gradients_of(model: nn.Module, samples: Batches) -> Gradients:
+    """The gradients of a network in eval mode over `samples`, given one by one: one backward pass of each."""
+    import torch
+    from torch.nn import functional as F
+
+    model.eval()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    mean = [torch.zeros_like(p) for p in parameters.values()]
+    square = [torch.zeros_like(p) for p in parameters.values()]
+    count = 0
+    for images, labels in samples:
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(images), labels)
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        for into, squared, gradient in zip(mean, square, found, strict=True):
+            into.add_(gradient)
+            squared.addcmul_(gradient, gradient)
+        count += 1
+    held = [{n: t.div(count).cpu() for n, t in zip(parameters, of, strict=True)} for of in (mean, square)]
+    return Gradients(*held)
+
+
+def library_importances(
+    model: nn.Module,
+    layers: Mapping[str, int],
+    example: Any,
+    *,
+    gradients: Gradients | None = None,
+    activations: Mapping[str, torch.Tensor] | None = None,
+    only: str | None = None,
+) -> dict[str, dict[str, Importance]]:
+    """criterion -> layer -> importance, by torch-pruning, of layers that have so many units.
+
+    `model` is a copy on the CPU, to be used up; `example` is an input batch. What needs gradients, or
+    activations, is left out without them; with `only` all but that one is.
+    """
+    groups = _groups(model, layers, example)
+    if activations is not None:
+        for name, found in activations.items():
+            model.get_submodule(name)._importance = found  # pyright: ignore[reportArgumentType]
+    there = {"weights": True, "gradients": gradients is not None, "activations": activations is not None}
+    made: dict[str, dict[str, Importance]] = {}
+    for criterion in CRITERIA.values():
+        if criterion.library and there[criterion.needs] and only in (None, criterion.name):
+            if gradients is not None and criterion.needs == "gradients":
+                _set_gradients(model, gradients.square if criterion.name == "hessian" else gradients.mean)
+            made[criterion.name] = {n: _scored(criterion.library, group, layers[n]) for n, group in groups.items()}
+    return made
+
+
+def _groups(model: nn.Module, layers: Mapping[str, int], example: Any) -> dict[str, Any]:
+    """torch-pruning's group of all units of each layer: every tensor that is coupled to them."""
+    from pruners.surgery import traced
+
+    graph = traced(model, example)
+    groups = {}
+    for layer, units in layers.items():
+        root: Any = model.get_submodule(layer)
+        heads = getattr(root, "prunable_heads", None)
+        if heads is None:
+            cut = graph.get_pruner_of_module(root).prune_out_channels
+            groups[layer] = graph.get_pruning_group(root, cut, list(range(units)))
+        else:
+            groups[layer] = _group_of_heads(root, heads, units)
+    return groups
+
+
+class _Part:
+    """One tensor of a group as torch-pruning's importances read it: a layer, which of its channels, and the unit
+    that each of them belongs to."""
+
+    def __init__(self, layer: nn.Module, handler: Any, units: Sequence[int]) -> None:
+        self.dep = SimpleNamespace(layer=layer, target=SimpleNamespace(module=layer), handler=handler)
+        self.dep.pruning_fn = handler
+        self.idxs, self.root_idxs = list(range(len(units))), list(units)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.dep, self.idxs))
+
+
+def _group_of_heads(block: Any, heads: Any, units: int) -> list[_Part]:
+    """The group of an attention block's heads: the rows that write queries, keys and values, the columns that read
+    the heads' channels. torch-pruning has none of heads."""
+    from pruners.surgery import _torch_pruning
+
+    functions = _torch_pruning().pruner.function
+    one = [unit for unit in range(units) for _ in range(heads.width)]
+    writes = [(getattr(block, name), one * parts) for name, parts in heads.writes]
+    reads = [(getattr(block, name), one) for name in heads.reads]
+    group = [_Part(layer, functions.prune_linear_out_channels, of) for layer, of in writes if _is_linear(layer)]
+    return group + [_Part(layer, functions.prune_linear_in_channels, of) for layer, of in reads if _is_linear(layer)]
+
+
+def _set_gradients(model: nn.Module, held: Mapping[str, torch.Tensor]) -> None:
+    import torch
+
+    for name, parameter in model.named_parameters():
+        parameter.grad = held[name].clone() if name in held else torch.zeros_like(parameter)
+
+
+def _scored(library: str, group: Any, units: int) -> Importance:
+    """The importance of a group's units by one of the library's classes."""
+    from pruners.surgery import _torch_pruning
+
+    scorer = getattr(_torch_pruning().pruner.importance, library)()
+    # Of a group whose first tensor has several channels per unit the library gives zeros beyond the units, which
+    # are not to be normalised over.
+    normalizer, scorer.normalizer = scorer.normalizer, None
+    try:
+        found = scorer(group)
+    except (RuntimeError, ValueError, IndexError, AttributeError, TypeError) as error:
+        return Importance(None, f"torch-pruning cannot compute it: {error}")
+    if found is None:
+        return Importance(None, "nothing that is coupled to its units has what it looks at")
+    return checked(scorer._normalize(found[:units], normalizer), units)
+
+
+def activations_of(model: nn.Module, samples: Batches) -> dict[str, torch.Tensor]:
+    """What torch-pruning's activation importance looks at, by module: the absolute inputs of each channel, summed
+    over the samples by a fully connected layer, their mean by a convolution."""
+    import torch
+
+    from pruners.surgery import _torch_pruning
+
+    scorer = _torch_pruning().pruner.importance.ActivationImportance()
+    linear, sums, counts = torch.nn.Linear, dict[str, torch.Tensor](), dict[str, int]()
+    model.eval()
+    for images, labels in samples:
+        with torch.no_grad(), scorer.compute_importance(model):
+            model(images)
+        for name, module in model.named_modules():
+            found = vars(module).pop("_importance", None)
+            if found is not None:
+                weighted = found.double() * (1 if isinstance(module, linear) else len(labels))
+                sums[name] = sums.get(name, 0) + weighted
+                counts[name] = 1 if isinstance(module, linear) else counts.get(name, 0) + len(labels)
+    return {name: (total / counts[name]).cpu() for name, total in sums.items()}
+
+
+# -- which units are the least important -------------------------------------------------------------
+
+
+def lowest(importances: Sequence[torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:
+    """Of each layer the so many least important ones, bool [units]; among equals the lowest index goes first."""
+    import torch
+
+    found = []
+    for importance, count in zip(importances, counts, strict=True):
+        chosen = torch.zeros(len(importance), dtype=torch.bool)
+        chosen[importance.argsort(stable=True)[:count]] = True
+        found.append(chosen)
+    return found
+
+
+def lowest_together(importances: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """The `count` least important ones of all layers together, bool [units] each; one is left in every layer.
+
+    Among equals the first layer's go first, then the lowest index. Raises ValueError where there are not so many.
+    """
+    import torch
+
+    sizes = [len(importance) for importance in importances]
+    if count > sum(sizes) - len(sizes):
+        raise ValueError(f"{count} of {sum(sizes)} units leave none in one of {len(sizes)} layers")
+    free = torch.ones(sum(sizes), dtype=torch.bool)
+    first = 0
+    for importance, size in zip(importances, sizes, strict=True):
+        free[first + int(importance.argsort(stable=True)[-1])] = False
+        first += size
+    order = torch.cat(list(importances)).argsort(stable=True)
+    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+    chosen[order[free[order]][:count]] = True
+    return list(chosen.split(sizes))
+
+
+def score(importance: torch.Tensor, units: Sequence[int]) -> float:
     """Sum of the importances of `units`."""
     return float(importance[list(units)].sum())

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from torch import nn
 
 from pruners.candidates import (
     Space,
@@ -19,6 +20,7 @@ from pruners.candidates import (
     sampled,
     unrank_combination,
 )
+from pruners.criteria import own_norms
 from pruners.pruners import choose
 
 C10_2 = Space(((10, 2),))
@@ -156,11 +158,22 @@ def filters(norms: list[list[float]]) -> torch.Tensor:
     return torch.tensor(norms)[:, None, None, :]
 
 
+def by_norm(pruner: str, weights: dict[str, torch.Tensor], ratios: dict[str, float]) -> dict[str, tuple[int, ...]]:
+    """What a pruner removes of layers with these weights."""
+    layers = {name: nn.Linear(1, len(weight)) for name, weight in weights.items()}
+    for name, layer in layers.items():
+        layer.weight = nn.Parameter(weights[name])
+    model = nn.ModuleDict(layers)
+    units = {name: len(weight) for name, weight in weights.items()}
+    importances = {name: own_norms(model, name, n)[pruner].needed(name, pruner) for name, n in units.items()}
+    return choose(pruner, units, ratios, importances=importances)
+
+
 def test_l1_and_l2_are_the_norms_they_are_called() -> None:
     """l1 takes the filter of the lowest absolute sum, l2 that of the lowest euclidean norm."""
     weights = {"conv1": filters([[3.0, 0.0], [-2.0, -2.0], [9.0, 9.0]])}
-    assert choose("l1", weights, {"conv1": 0.34}) == {"conv1": (0,)}
-    assert choose("l2", weights, {"conv1": 0.34}) == {"conv1": (1,)}
+    assert by_norm("l1", weights, {"conv1": 0.34}) == {"conv1": (0,)}
+    assert by_norm("l2", weights, {"conv1": 0.34}) == {"conv1": (1,)}
 
 
 @given(st.lists(st.integers(-3, 3), min_size=2, max_size=64), st.floats(0.01, 0.99), st.sampled_from(["l1", "l2"]))
@@ -169,33 +182,30 @@ def test_criteria_remove_the_lowest_and_break_ties_by_index(values: list[int], r
     k = n_removed(len(values), ratio)
     expected = sorted(range(len(values)), key=lambda unit: (abs(values[unit]), unit))[:k]
     weights = {"conv1": filters([[float(value), 0.0] for value in values])}
-    assert choose(pruner, weights, {"conv1": ratio}) == {"conv1": tuple(sorted(expected))}
+    assert by_norm(pruner, weights, {"conv1": ratio}) == {"conv1": tuple(sorted(expected))}
 
 
 def test_layers_are_told_apart() -> None:
     """Each layer is scored by its own weights and loses by its own ratio."""
     weights = {"a": filters([[1.0], [2.0], [3.0], [4.0]]), "b": filters([[4.0], [3.0], [2.0], [1.0]])}
-    assert choose("l1", weights, {"a": 0.25, "b": 0.5}) == {"a": (0,), "b": (2, 3)}
+    assert by_norm("l1", weights, {"a": 0.25, "b": 0.5}) == {"a": (0,), "b": (2, 3)}
 
 
 def test_random_depends_on_pruner_seed_only() -> None:
-    """The pruner `random` draws from pruner_seed: neither weights, candidate nor sampling seed move it."""
-    ratios = {"conv1": 0.5, "conv2": 0.3}
-    weights = {"conv1": torch.rand(10, 1, 5, 5), "conv2": torch.rand(10, 10, 5, 5)}
-    others = {name: weight + 1 for name, weight in weights.items()}
-    found = choose("random", weights, ratios, pruner_seed=3)
-    assert choose("random", others, ratios, pruner_seed=3, candidate=7, sampling_seed=9) == found
+    """The pruner `random` draws from pruner_seed: neither candidate nor sampling seed move it."""
+    ratios, units = {"conv1": 0.5, "conv2": 0.3}, {"conv1": 10, "conv2": 10}
+    found = choose("random", units, ratios, pruner_seed=3)
+    assert choose("random", units, ratios, pruner_seed=3, candidate=7, sampling_seed=9) == found
     assert [len(units) for units in found.values()] == [5, 3]
-    seeds = {tuple(choose("random", weights, ratios, pruner_seed=seed).values()) for seed in range(8)}
+    seeds = {tuple(choose("random", units, ratios, pruner_seed=seed).values()) for seed in range(8)}
     assert len(seeds) == 8
 
 
 def test_oracle_candidate_k_is_the_kth_combination() -> None:
-    """With mode all, the candidate number is the rank and the weights do not matter."""
-    weights = {"a": torch.rand(6, 1), "b": torch.rand(5, 6)}
+    """With mode all, the candidate number is the rank."""
     expected = product(combinations(range(6), 2), combinations(range(5), 2))
     for candidate, removal in enumerate(expected):
-        found = choose("oracle", weights, {"a": 0.34, "b": 0.4}, candidate=candidate)
+        found = choose("oracle", {"a": 6, "b": 5}, {"a": 0.34, "b": 0.4}, candidate=candidate)
         assert tuple(found.values()) == removal
 
 
@@ -203,6 +213,6 @@ def test_oracle_candidate_k_is_the_kth_combination() -> None:
 def test_oracle_sample_k_is_the_kth_draw(candidate: int) -> None:
     """With mode sample, the candidate number is the draw index, also beyond the blocks draws are kept in."""
     space = Space(((12, 6),))
-    found = choose("oracle", {"a": torch.rand(12, 1)}, {"a": 0.5}, candidate=candidate, sampling_seed=4)
+    found = choose("oracle", {"a": 12}, {"a": 0.5}, candidate=candidate, sampling_seed=4)
     rank = sampled(space, 4, candidate + 1)[candidate]
     assert found == {"a": unrank_combination(12, 6, rank)}

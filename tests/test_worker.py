@@ -186,7 +186,7 @@ def test_a_failure_leaves_a_row(dense_store: Store, monkeypatch: pytest.MonkeyPa
 
 def test_wrong_surgery_fails_the_task(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """With exact propagation a network that is not the masked one never gets a done row."""
-    import workers.task
+    import workers.pruning
     from pruners.surgery import prune
 
     def crooked(*args: Any, **kwargs: Any) -> torch.nn.Module:
@@ -195,7 +195,7 @@ def test_wrong_surgery_fails_the_task(worker: Worker, monkeypatch: pytest.Monkey
             network.get_parameter("conv2.weight")[0, 0, 0, 0] += 1e-3
         return network
 
-    monkeypatch.setattr(workers.task, "prune", crooked)
+    monkeypatch.setattr(workers.pruning, "prune", crooked)
     row = attempt(worker, TASK)
     assert (row.status, row.error_class) == ("failed", "NotEquivalent")
     assert row.pruned_train_loss is None

@@ -45,6 +45,9 @@ class Link:
 
 def chain_of(network: nn.Module, shape: Sequence[int]) -> list[Link]:
     """The links of a network for samples of a shape [C, H, W]. Raises NotAChain, saying why."""
+    hooked = next((n for n, m in network.named_modules() if m._forward_pre_hooks or m._forward_hooks), None)
+    if hooked is not None:
+        raise NotAChain(f"{hooked} has a hook, as a mask is one")
     try:
         graph = fx.symbolic_trace(network).graph
     except Exception as error:  # whatever the model's own code does with a proxy

@@ -53,7 +53,23 @@ class Checkpoint:
         self._scratch, self._key, self._about, self._seconds = scratch, key, {"format": FORMAT, **about}, seconds
         self._stop, self._report = stop, report
         self._last = time.monotonic()
+        self._anew = False
         self.exists = False
+
+    def found(self) -> dict[str, Any] | None:
+        """What the one that is there is of, where it is of this, and more: the step of a task of several."""
+        try:
+            content = self._scratch.checkpoint(self._key)
+            about = metadata(content).get("about") if content is not None else None
+        except ValueError:
+            return None
+        if not isinstance(about, dict) or len(about) == len(self._about):
+            return None
+        return about if self._about.items() <= about.items() else None
+
+    def go_on(self, more: Mapping[str, Any], *, anew: bool) -> None:
+        """The training that begins is of this too; begun `anew` it does not look for a checkpoint."""
+        self._about, self._anew = {**self._about, **more}, anew
 
     def due(self) -> bool:
         """Whether it is time to save, or to stop."""
@@ -83,6 +99,8 @@ class Checkpoint:
         """The state to go on from, or None."""
         from safetensors.torch import load
 
+        if self._anew:
+            return None
         try:
             content = self._scratch.checkpoint(self._key)
             if content is None:

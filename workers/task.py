@@ -4,53 +4,76 @@ from __future__ import annotations
 
 import copy
 import math
-import socket
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from models import layer_units
-from pruners.criteria import CRITERIA, score
-from pruners.equivalence import LIMIT, PROBE_SAMPLES, equivalence
-from pruners.pruners import choose
-from pruners.surgery import prune
-from storage.identity import canonical_json
-from storage.records import Removed, Row, row_for, utc_now
+from pruners.masks import held_ratio, permanent
+from pruners.pruners import steps_of
+from storage.records import Row, row_for, utc_now
 from workers.backends import open_backend
 from workers.checkpoints import State
-from workers.datasets import find_dataset, probe
-from workers.execution import arithmetic, library_versions
+from workers.columns import curves, outcome, peak_memory, provenance
+from workers.datasets import find_dataset
+from workers.execution import arithmetic
 from workers.measures import Epoch
 from workers.networks import network_file
+from workers.pruning import Pruned, Start, after_step, prune_task, story, told
 from workers.rates import planned_epochs
-from workers.streams import seeded
 from workers.training import train
 from workers.weights import portable
 
 if TYPE_CHECKING:
     from storage.records import Cell, Task
+    from workers.checkpoints import Checkpoint
     from workers.training import Backend
     from workers.worker import DenseModel, Worker
 
 
-class NotEquivalent(Exception):
-    """The pruned network does not compute what the masked dense one does."""
+@dataclass
+class Run:
+    """Tasks of one cell and seed that stand in one fleet, on their way: in which slots, from which dense model,
+    what is kept of their networks, the seconds spent so far."""
+
+    tasks: Sequence[Task]
+    slots: Sequence[int]
+    dense: DenseModel
+    worker: Worker
+    keep: str
+    checkpoint: Checkpoint | None
+    seconds: dict[str, float] = field(default_factory=lambda: {"prune": 0.0, "retrain": 0.0})
+
+    @property
+    def cell(self) -> Cell:
+        """The cell of them all."""
+        return self.tasks[0].cell
+
+    @property
+    def steps(self) -> int:
+        """How often they are pruned and retrained."""
+        return steps_of(self.cell.schedule)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the seconds that this lasts."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """A pruned network, which units it lost, and what is known of it without data."""
+class Step:
+    """One step of pruning and retraining: the pruned network of each task, and, where a checkpoint has it already,
+    what was measured of each slot before retraining."""
 
-    network: nn.Module
-    removed: dict[str, tuple[int, ...]]
-    measured: dict[str, Any] = field(default_factory=dict)
+    number: int
+    pruned: Sequence[Pruned]
+    before: Sequence[dict[str, Any]] | None = None
 
 
 def run_tasks(tasks: Sequence[Task], worker: Worker, *, keep: str, attempts: Sequence[int]) -> list[Row]:
@@ -60,7 +83,9 @@ def run_tasks(tasks: Sequence[Task], worker: Worker, *, keep: str, attempts: Seq
 
 
 def _keeping(row: Row, network: bytes | None, worker: Worker) -> Row:
-    return row if network is None else replace(row, kept_network=worker.store.commit_network(row.task_id, network))
+    if network is None or not worker.leads:
+        return row
+    return replace(row, kept_network=worker.store.commit_network(row.task_id, network))
 
 
 def run_and_return(
@@ -75,36 +100,89 @@ def run_and_return(
     started, cell = utc_now(), tasks[0].cell
     dense = worker.dense(cell.dense)
     execution = worker.execution(cell)
+    slots = [task.candidate % execution.fleet for task in tasks]
+    run = Run(tasks, slots, dense, worker, keep, _checkpoint(tasks, dense, worker, keep))
     with arithmetic(execution):
-        pruned, seconds_prune = timed(lambda: [prune_task(task, dense, worker) for task in tasks])
-        slots = [task.candidate % execution.fleet for task in tasks]
-        networks = in_slots([p.network for p in pruned], slots, execution.fleet)
-        shape = find_dataset(cell.dense.dataset, worker.data_root).shape
-        with closing(open_backend(execution, networks, cell.retrain, worker.accelerator, shape)) as backend:
-            before, seconds_measure = timed(lambda: measure_before(backend, cell, worker))
-            after, seconds_retrain = timed(lambda: retrain_and_measure(tasks, slots, pruned, backend, worker, keep))
+        made = run_steps(run)
     rows = []
-    for task, slot, attempt, one, (columns, network) in zip(tasks, slots, attempts, pruned, after, strict=True):
+    for task, attempt, (columns, network) in zip(tasks, attempts, made, strict=True):
         where = provenance(attempt) | {
             "execution": execution.json,
             "device": str(worker.accelerator.device),
             "peak_memory_bytes": peak_memory(worker.accelerator.device),
         }
         times = {
-            "seconds_prune": (seconds_prune + seconds_measure) / len(tasks),
-            "seconds_retrain": seconds_retrain / len(tasks),
+            "seconds_prune": run.seconds["prune"] / len(tasks),
+            "seconds_retrain": run.seconds["retrain"] / len(tasks),
             "started_at": started,
             "finished_at": utc_now(),
         }
-        measured = {**one.measured, **before[slot], **columns, **where, **times}
-        rows.append((row_for(task, "done", measured), network))
+        rows.append((row_for(task, "done", {**columns, **where, **times}), network))
     return rows
 
 
-def timed(work: Any) -> tuple[Any, float]:
-    """What `work` returns, and the seconds it took."""
-    start = time.perf_counter()
-    return work(), time.perf_counter() - start
+def run_steps(run: Run) -> list[tuple[dict[str, Any], bytes | None]]:
+    """Prune, measure, retrain, measure, as often as the schedule says: each task's columns, those of the last step,
+    and its kept network's file. Where a retraining before the last diverges, that is the task's end."""
+    step = _resumed(run) or _pruned(run, 1, [Start(run.dense, run.dense.model)] * len(run.tasks))
+    while True:
+        made, states = do_step(run, step)
+        if step.number == run.steps:
+            return made
+        if any(columns["diverged"] for columns, _ in made):
+            return [({**p.measured, **_without_end(run)}, None) for p in step.pruned]
+        starts = [
+            after_step(p, state, Start(run.dense, run.dense.model, step.number), run.cell, run.worker)
+            for p, state in zip(step.pruned, states, strict=True)
+        ]
+        step = _pruned(run, step.number + 1, starts)
+
+
+def _pruned(run: Run, number: int, starts: Sequence[Start]) -> Step:
+    with run.timed("prune"):
+        return Step(number, [prune_task(t, start, run.worker) for t, start in zip(run.tasks, starts, strict=True)])
+
+
+def _resumed(run: Run) -> Step | None:
+    """The step of an iterative schedule that a checkpoint was written in, if it was not the first."""
+    found = run.checkpoint.found() if run.checkpoint and run.steps > 1 else None
+    if found is None or found["step"] == 1:
+        return None
+    pruned = [told(t, one, run.dense, run.worker) for t, one in zip(run.tasks, found["pruned"], strict=True)]
+    return Step(found["step"], pruned, found["before"])
+
+
+def do_step(run: Run, step: Step) -> tuple[list[tuple[dict[str, Any], bytes | None]], list[dict[str, torch.Tensor]]]:
+    """Measure, retrain and measure: each task's columns and kept network's file, and the state its network is in."""
+    execution, worker = run.worker.execution(run.cell), run.worker
+    networks = in_slots([p.network for p in step.pruned], run.slots, execution.fleet)
+    shape = find_dataset(run.cell.dense.dataset, worker.data_root).shape
+    with closing(open_backend(execution, networks, run.cell.retrain, worker.accelerator, shape)) as backend:
+        with run.timed("prune"):
+            before = step.before or measure_before(backend, run.cell, worker)
+        if run.checkpoint and run.steps > 1:
+            run.checkpoint.go_on(
+                {"step": step.number, "pruned": [story(p) for p in step.pruned], "before": before},
+                anew=step.number > 1 and step.before is None,
+            )
+        with run.timed("retrain"):
+            after = retrain_and_measure(run, step, backend)
+        states = [permanent(portable(backend.networks[slot])) for slot in run.slots if step.number < run.steps]
+    made = [
+        ({**p.measured, **before[slot], **columns}, network)
+        for p, slot, (columns, network) in zip(step.pruned, run.slots, after, strict=True)
+    ]
+    return made, states
+
+
+def _checkpoint(tasks: Sequence[Task], dense: DenseModel, worker: Worker, keep: str) -> Checkpoint | None:
+    about = {
+        "execution": worker.execution(tasks[0].cell).json,
+        "dense_sha256": dense.sha256,
+        "keep": keep,
+        "tasks": [task.task_id for task in tasks],
+    }
+    return worker.checkpoint(tasks[0].task_id, about)
 
 
 def in_slots(networks: Sequence[nn.Module], slots: Sequence[int], size: int) -> list[nn.Module]:
@@ -131,91 +209,53 @@ def measure_before(backend: Backend, cell: Cell, worker: Worker) -> list[dict[st
     ]
 
 
-def prune_task(task: Task, dense: DenseModel, worker: Worker) -> Pruned:
-    """The compact network of a task, checked against the masked dense one.
+def retrain_and_measure(run: Run, step: Step, backend: Backend) -> list[tuple[dict[str, Any], bytes | None]]:
+    """Retrain the networks of a back-end: for each task the columns that this fills, and its kept network's file.
 
-    Raises NotEquivalent where the two differ with exact propagation.
+    The last step's minibatches are those of a one-shot retraining; every other step has its own. Raises
+    MaskBroken where a weight that was removed has come back.
     """
-    cell = task.cell
-    ratios = dict(cell.layers)
-    weights = {name: dense.weight(name) for name in ratios}
-    removed = choose(
-        cell.pruner,
-        weights,
-        ratios,
-        candidate=task.candidate,
-        sampling_seed=cell.sampling_seed,
-        pruner_seed=cell.pruner_seed,
-    )
-    l1_removed = choose("l1", weights, ratios) if cell.propagation == "released" else None
-    samples = probe(worker.data(cell.dense).train, PROBE_SAMPLES)
-    with seeded(cell.dense.dataset, 0, "surgery"):
-        network = prune(dense.model, removed, samples[:1], propagation=cell.propagation, l1_removed=l1_removed)
-        checked = equivalence(dense.model, network, removed, samples)
-    if cell.propagation == "exact" and checked.error is not None and not checked.error <= LIMIT:
-        raise NotEquivalent(f"relative difference {checked.error:.3g} to the masked network, limit {LIMIT}")
-    units = layer_units(cell.dense.model)
-    pruned_shape = (cell.dense.dense_id, *((layer, len(chosen)) for layer, chosen in removed.items()))
-    params, macs = worker.size(network, samples[:1], pruned_shape)
-    dense_params, dense_macs = worker.size(dense.model, samples[:1], (cell.dense.dense_id,))
-    measured = {
-        "params": params,
-        "macs": macs,
-        "dense_params": dense_params,
-        "dense_macs": dense_macs,
-        "dense_sha256": dense.sha256,
-        "removed": tuple(Removed(layer, chosen) for layer, chosen in removed.items()),
-        "achieved_ratio": sum(map(len, removed.values())) / sum(units[layer] for layer in removed),
-        "equivalence_error": checked.error,
-        "equivalence_reason": checked.reason,
-        **scores(weights, removed),
-    }
-    return Pruned(network, removed, measured)
-
-
-def scores(weights: Mapping[str, torch.Tensor], removed: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-    """Each criterion's score of the removed set: the sum of its importances on the dense network."""
-    return {
-        f"score_{name}": sum(score(importance(weights[layer]), units) for layer, units in removed.items())
-        for name, importance in CRITERIA.items()
-    }
-
-
-def retrain_and_measure(
-    tasks: Sequence[Task], slots: Sequence[int], pruned: Sequence[Pruned], backend: Backend, worker: Worker, keep: str
-) -> list[tuple[dict[str, Any], bytes | None]]:
-    """Retrain the networks of a back-end: for each task the columns that this fills, and its kept network's file."""
-    cell, wanted = tasks[0].cell, dict.fromkeys(slots, keep)
+    cell, worker, last = run.cell, run.worker, step.number == run.steps
+    wanted = dict.fromkeys(run.slots, run.keep if last else "none")
     keepers = [Keeper(network, wanted.get(slot, "none")) for slot, network in enumerate(backend.networks)]
-    about = {
-        "execution": worker.execution(cell).json,
-        "dense_sha256": pruned[0].measured["dense_sha256"],
-        "keep": keep,
-        "tasks": [task.task_id for task in tasks],
-    }
     members = train(
         backend,
         worker.data(cell.dense),
         cell.retrain,
         dataset=cell.dense.dataset,
-        seed=tasks[0].seed,
-        stream="retrain",
+        seed=run.tasks[0].seed,
+        stream="retrain" if last else f"retrain/step{step.number}",
         watchers=keepers,
-        checkpoint=worker.checkpoint(tasks[0].task_id, about),
+        checkpoint=run.checkpoint,
     )
-    ends, planned = (
-        backend.measure(worker.loss_set(cell)),
-        planned_epochs(cell.retrain, len(worker.data(cell.dense).train)),
-    )
+    ends = backend.measure(worker.loss_set(cell))
     made = []
-    for task, slot, before in zip(tasks, slots, pruned, strict=True):
-        columns = curves(members[slot], planned) | outcome(members[slot], planned)
+    for task, slot, pruned in zip(run.tasks, run.slots, step.pruned, strict=True):
+        columns = _outcome(members[slot], run)
         if not columns["diverged"]:
             columns["last_train_loss"] = ends[slot].loss
-        weights, dataset = keepers[slot].weights, find_dataset(cell.dense.dataset, worker.data_root)
-        file = weights and network_file(weights, task, before.removed, dataset.classes, dataset.shape)
-        made.append((columns, file))
+        if pruned.masks:
+            columns["achieved_ratio"] = held_ratio(backend.networks[slot], pruned.masks)
+        made.append((columns, _kept_file(keepers[slot], task, pruned, worker)))
     return made
+
+
+def _outcome(epochs: Sequence[Epoch], run: Run) -> dict[str, Any]:
+    planned = planned_epochs(run.cell.retrain, len(run.worker.data(run.cell.dense).train))
+    return curves(epochs, planned) | outcome(epochs, planned)
+
+
+def _without_end(run: Run) -> dict[str, Any]:
+    """The columns of a task that diverged before its last step: there is no curve of that, and nothing measured
+    but the dense model."""
+    return run.worker.baseline(run.cell) | _outcome([], run)
+
+
+def _kept_file(keeper: Keeper, task: Task, pruned: Pruned, worker: Worker) -> bytes | None:
+    if keeper.weights is None:
+        return None
+    dataset = find_dataset(task.cell.dense.dataset, worker.data_root)
+    return network_file(permanent(keeper.weights), task, pruned.removed, dataset.classes, dataset.shape)
 
 
 class Keeper:
@@ -240,78 +280,3 @@ class Keeper:
     def restore(self, state: State) -> None:
         """Hold what was held then."""
         self.weights, self.best = dict(state.tensors) or None, state.values["best"]
-
-
-def curves(epochs: Sequence[Epoch], planned: int) -> dict[str, Any]:
-    """The epoch_* columns: `planned` long, null from where training diverged."""
-    rest = [None] * (planned - len(epochs))
-    finite = lambda x: x if math.isfinite(x) else None  # noqa: E731
-    has_validation = any(e.validation for e in epochs)
-    return {
-        "epoch_train_loss": (*(finite(e.train_loss) for e in epochs), *rest),
-        "epoch_test_loss": (*(finite(e.test.loss) for e in epochs), *rest),
-        "epoch_test_accuracy": (
-            *(e.test.accuracy if math.isfinite(e.test.loss) else None for e in epochs),
-            *rest,
-        ),
-        "epoch_val_accuracy": (
-            *(e.validation.accuracy if e.validation and math.isfinite(e.test.loss) else None for e in epochs),
-            *rest,
-        )
-        if has_validation
-        else None,
-    }
-
-
-def outcome(epochs: Sequence[Epoch], planned: int) -> dict[str, Any]:
-    """best_*, val_best_*, last_* and last5_* of a training; best over the finite epochs."""
-    finite = [e for e in epochs if math.isfinite(e.test.loss)]
-    diverged = len(finite) < planned or not math.isfinite(epochs[-1].train_loss)
-    columns: dict[str, Any] = {"diverged": diverged}
-    if finite:
-        best = max(finite, key=lambda e: (e.test.accuracy, -e.number))
-        columns |= {
-            "best_epoch": best.number,
-            "best_test_accuracy": best.test.accuracy,
-            "best_test_loss": best.test.loss,
-        }
-    validated = [(e.validation, e) for e in finite if e.validation]
-    if validated:
-        on_validation, chosen = max(validated, key=lambda pair: (pair[0].accuracy, -pair[1].number))
-        columns |= {
-            "val_best_epoch": chosen.number,
-            "val_best_val_accuracy": on_validation.accuracy,
-            "val_best_test_accuracy": chosen.test.accuracy,
-            "val_best_test_loss": chosen.test.loss,
-        }
-    if not diverged:
-        tail = epochs[-5:]
-        losses, accuracies = [e.test.loss for e in tail], [e.test.accuracy for e in tail]
-        columns |= {
-            "last_test_loss": losses[-1],
-            "last_test_accuracy": accuracies[-1],
-            "last5_test_loss_mean": float(np.mean(losses)),
-            "last5_test_loss_std": float(np.std(losses)),
-            "last5_test_accuracy_mean": float(np.mean(accuracies)),
-            "last5_test_accuracy_std": float(np.std(accuracies)),
-        }
-    return columns
-
-
-def provenance(attempt: int) -> dict[str, Any]:
-    """Where and by what a row was made, as far as it is known whatever happens."""
-    return {
-        "attempt": attempt,
-        "host": socket.gethostname(),
-        "versions": canonical_json(dict(library_versions())),
-    }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a GPU, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

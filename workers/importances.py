@@ -1,0 +1,150 @@
+"""The importances of a dense model's units by each criterion: computed once per process, not per candidate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pruners.criteria import (
+    CRITERIA,
+    Gradients,
+    Importance,
+    activations_of,
+    checked,
+    gradients_of,
+    library_importances,
+    own_norms,
+    score,
+)
+from workers.streams import generator, seeded
+
+if TYPE_CHECKING:
+    from storage.records import Cell
+    from workers.datasets import Samples
+    from workers.worker import Worker
+
+BATCH = 32
+"""Samples of one pass for activations."""
+
+Importances = Mapping[str, Mapping[str, Importance]]
+"""Criterion -> layer -> the importance of its units."""
+
+
+def of_dense(cell: Cell, worker: Worker) -> Importances:
+    """By every criterion, and by the cell's own pruner where that is a user's: of the dense model of a cell, for
+    its layers."""
+    layers = tuple(name for name, _ in cell.layers)
+    key = ("importances", cell.dense.dense_id, layers, cell.calibration)
+
+    def make() -> Importances:
+        dense = worker.dense(cell.dense).model
+        gradients = worker._once(
+            ("gradients", cell.dense.dense_id, cell.calibration), lambda: _gradients(dense, cell, worker)
+        )
+        return of_network(dense, cell, worker, gradients=gradients)
+
+    found = worker._once(key, make)
+    if cell.pruner in CRITERIA or ":" not in cell.pruner:
+        return found
+    own = worker._once((*key, cell.pruner), lambda: by_user(worker.dense(cell.dense).model, cell, worker))
+    return {**found, cell.pruner: own}
+
+
+def of_network(
+    network: nn.Module, cell: Cell, worker: Worker, *, gradients: Gradients | None = None, only: str | None = None
+) -> Importances:
+    """By every criterion, or `only` one: of a network of the cell's model, pruned maybe, for the cell's layers."""
+    units = {name: n_units(network, name) for name, _ in cell.layers}
+    wanted = None if only is None else CRITERIA[only].needs
+    own = {name: own_norms(network, name, n) for name, n in units.items()}
+    found: dict[str, dict[str, Importance]] = {c: {name: of[c] for name, of in own.items()} for c in ("l1", "l2")}
+    if only in found:
+        return found
+    calibration, dataset = calibration_of(cell, worker), cell.dense.dataset
+    if gradients is None and wanted in (None, "gradients"):
+        gradients = _gradients(network, cell, worker)
+    with seeded(dataset, 0, "importances"):
+        activations = None
+        if wanted in (None, "activations"):
+            here = copy.deepcopy(network).to(worker.accelerator.device)
+            activations = activations_of(here, _batches(calibration, BATCH))
+        (example, _) = next(_batches(calibration, 1))
+        copied = copy.deepcopy(network).cpu()
+        found |= library_importances(
+            copied, units, _on_cpu(example), gradients=gradients, activations=activations, only=only
+        )
+    return found
+
+
+def by_user(network: nn.Module, cell: Cell, worker: Worker) -> dict[str, Importance]:
+    """Layer -> importance by a user's criterion, `package.module:importance`.
+
+    It is called with (a copy of the network, the layer's name, images, labels), in eval mode.
+    """
+    import usercode
+
+    importance = usercode.load(cell.pruner)
+    calibration = calibration_of(cell, worker)
+    (images, labels) = next(_batches(calibration, len(calibration)))
+    found = {}
+    with seeded(cell.dense.dataset, 0, "importances"):
+        for name, _ in cell.layers:
+            here = copy.deepcopy(network).to(worker.accelerator.device).eval()
+            made = importance(here, name, images, labels)
+            if not isinstance(made, torch.Tensor):
+                raise ValueError(f"{cell.pruner} gave a {type(made).__name__} for {name}, not a tensor [units]")
+            found[name] = checked(made, n_units(network, name))
+    return found
+
+
+def n_units(network: nn.Module, layer: str) -> int:
+    """How many units a layer has now: its outputs, or an attention block's heads."""
+    module: Any = network.get_submodule(layer)
+    heads = getattr(module, "prunable_heads", None)
+    if heads is not None:
+        return heads.count
+    return module.weight.shape[1 if getattr(module, "transposed", False) else 0]
+
+
+def scores(importances: Importances, removed: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The score_* columns of removed units: the sum of their importances on the dense network, null where a
+    criterion has none for a layer; a user's criterion in score_extra."""
+    found: dict[str, float | None] = {}
+    for criterion, of in importances.items():
+        each = [(of[layer].units, units) for layer, units in removed.items()]
+        total = sum(score(known, units) for known, units in each if known is not None)
+        found[criterion] = None if any(known is None for known, _ in each) else total
+    columns: dict[str, Any] = {f"score_{name}": found[name] for name in CRITERIA if name in found}
+    extra = tuple((name, value) for name, value in found.items() if name not in CRITERIA and value is not None)
+    return columns | ({"score_extra": extra} if extra else {})
+
+
+def calibration_of(cell: Cell, worker: Worker) -> Samples:
+    """The samples that data-driven criteria see, un-augmented: the first of a permutation of the train set that
+    is the same for all of a data set; all of a train set that has fewer."""
+
+    def make() -> Samples:
+        train = worker.data(cell.dense).train
+        order = torch.randperm(len(train), generator=generator(cell.dense.dataset, 0, "calibration"))
+        return train.at(order[: cell.calibration])
+
+    return worker._once(("calibration", cell.dense.dataset, cell.dense.validation, cell.calibration), make)
+
+
+def _gradients(network: nn.Module, cell: Cell, worker: Worker) -> Gradients:
+    with seeded(cell.dense.dataset, 0, "importances"):
+        here = copy.deepcopy(network).to(worker.accelerator.device)
+        return gradients_of(here, _batches(calibration_of(cell, worker), 1))
+
+
+def _batches(samples: Samples, size: int) -> Iterator[tuple[Any, torch.Tensor]]:
+    for batch in samples.in_order(size):
+        yield batch.images, batch.labels
+
+
+def _on_cpu(images: Any) -> Any:
+    return {n: t.cpu() for n, t in images.items()} if isinstance(images, Mapping) else images.cpu()
