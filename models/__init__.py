@@ -8,6 +8,16 @@ from models.registry import (
     layer_units,
     load_weights,
     model_content,
+    weight_layers,
 )
 
-__all__ = ["MODELS", "build_model", "check_model", "input_shape", "layer_units", "load_weights", "model_content"]
+__all__ = [
+    "MODELS",
+    "build_model",
+    "check_model",
+    "input_shape",
+    "layer_units",
+    "load_weights",
+    "model_content",
+    "weight_layers",
+]

@@ -80,6 +80,14 @@ def prunable(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     return found
 
 
+def weighted(model: nn.Module) -> dict[str, int]:
+    """Convolution or linear layer -> how many weights it has."""
+    from torch import nn
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def _traced(model: nn.Module, example: torch.Tensor) -> tuple[Any, list[Any]]:
     """The dependency graph, and the layers and attention blocks in the order they were run."""
     import torch_pruning

@@ -34,6 +34,9 @@ FEED_FORWARD: Mapping[str, str] = {
 }
 """`model_type` of a language model -> the layer of each block whose units are its feed-forward width."""
 
+KNOWN: Mapping[str, tuple[str, int, int]] = {"llava-hf/llava-1.5-7b-hf": ("llama", 32, 11008)}
+"""Hub id -> its language model, blocks and feed-forward width: of the study mllm, which can be planned offline."""
+
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 _READ = (".json", ".safetensors", ".model", ".txt", ".jinja")
 _INSTALL = "install the extra: pip install 'prunesweep[mllm]'"
@@ -85,12 +88,18 @@ def hf_layer_units(reference: str) -> dict[str, int]:
     The names are those of transformers' modules. Raises ValueError.
     """
     found = parsed(reference)
+    if found.name in KNOWN and not found.revision:
+        kind, blocks, width = KNOWN[found.name]
+        return _widths(FEED_FORWARD[kind], blocks, width)
     config = read_config(found)
     layer = FEED_FORWARD[_language_model(found, config)]
     text = config.get("text_config") or {}
     if not {"intermediate_size", "num_hidden_layers"} <= text.keys():
         text = _whole(found, config).text_config.to_dict()  # older configs leave defaults out
-    blocks, width = int(text["num_hidden_layers"]), int(text["intermediate_size"])
+    return _widths(layer, int(text["num_hidden_layers"]), int(text["intermediate_size"]))
+
+
+def _widths(layer: str, blocks: int, width: int) -> dict[str, int]:
     return {f"model.language_model.layers.{block}.{layer}": width for block in range(blocks)}
 
 

@@ -20,6 +20,9 @@ import usercode
 from models import library
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
     from torch import nn
 
 
@@ -182,6 +185,25 @@ def layer_units(name: str) -> dict[str, int]:
     return _found_layers(name)
 
 
+@lru_cache
+def weight_layers(name: str) -> dict[str, int]:
+    """Convolution or linear layer -> its weights, in the order of the modules, the classifier too: what masks can be
+    put on. Raises ValueError.
+
+    A network is built the first time, on no device if it can be.
+    """
+    from models import discovery
+
+    check_model(name)
+    if name.startswith("hf/"):
+        raise ValueError(f"{name}: masks of single weights are for classifiers, not for language models")
+    key = ["weights", name, _version(name)]
+    if (found := discovery.remembered(key)) is None:
+        found = _build_and(name, lambda model, _: discovery.weighted(model))
+        discovery.remember(key, found)
+    return found
+
+
 def is_found(name: str) -> bool:
     """Whether a network's layers are found by tracing it: one of a library, or a user's own."""
     return name not in MODELS and (library.is_library(name) or usercode.is_code(name))
@@ -192,26 +214,35 @@ def _found_layers(name: str) -> dict[str, int]:
     from models import discovery
 
     check_model(name)
-    of = version(name.partition("/")[0]) if library.is_library(name) else usercode.fingerprint(name)
-    if (units := discovery.remembered([name, of])) is None:
-        units = _trace(name)
-        discovery.remember([name, of], units)
+    key = [name, _version(name)]
+    if (units := discovery.remembered(key)) is None:
+        units = _build_and(name, discovery.prunable)
+        discovery.remember(key, units)
     return units
 
 
-def _trace(name: str) -> dict[str, int]:
-    """The layers of a network, built for each shape that it may be for until one works; on no device if it can be."""
+def _version(name: str) -> str:
+    """Of what a network is built by: its library, or a user's code."""
+    if name in MODELS:
+        return ""
+    return version(name.partition("/")[0]) if library.is_library(name) else usercode.fingerprint(name)
+
+
+def _build_and(name: str, look: Callable[[nn.Module, torch.Tensor], dict[str, int]]) -> dict[str, int]:
+    """What `look` finds in a network and an input of it, built for each shape that it may be for until one works; on
+    no device if it can be."""
     import torch
 
     from models import discovery
 
     problems: dict[str, None] = {}
-    for shape in [library.usual_shape(name)] if library.is_library(name) else USER_SHAPES:
+    shapes = [library.usual_shape(name)] if library.is_library(name) else USER_SHAPES
+    for shape in [MODELS[name].input or USER_SHAPES[0]] if name in MODELS else shapes:
         for device in ("meta", "cpu"):
             try:
                 with torch.random.fork_rng(devices=[]), torch.device(device):
                     model = build_model(name, discovery.CLASSES, shape)
-                    return discovery.prunable(model, torch.zeros(1, *shape))
+                    return look(model, torch.zeros(1, *shape))
             except Exception as error:  # of the network's own code: another shape, or a device with numbers, may do
                 problems[f"for {_times(shape)}: {error}"] = None
     raise ValueError(f"the layers of {name} cannot be found; {'; '.join(problems)}")

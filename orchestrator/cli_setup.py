@@ -30,9 +30,9 @@ def studies(name: str | None, form: str, output: Path | None) -> None:
     """
     import pyarrow as pa
 
-    from orchestrator.documents import open_document, study_names
     from orchestrator.expand import candidate_count, cells
     from orchestrator.spec import load_spec
+    from orchestrator.study import open_document, study_names
 
     if name:
         if name not in study_names():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -103,27 +101,6 @@ def _plain(node: Any) -> Any:
         if isinstance(node, made_of):
             return kind(node)
     return node
-
-
-def study_names() -> list[str]:
-    """The studies that ship with prunesweep."""
-    found = files("orchestrator").joinpath("studies").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in found if f.name.endswith(".yaml"))
-
-
-def open_document(spec: str) -> Document:
-    """The document of a spec: a file's path, or a study's name. Raises UserError."""
-    path = Path(spec)
-    try:
-        if path.is_file():
-            return Document(spec, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {spec}: {error}") from error
-    if spec in study_names():
-        text = files("orchestrator").joinpath("studies", f"{spec}.yaml").read_text()
-        return Document(f"study {spec}", text)
-    hint = nearest(spec, study_names())
-    raise UserError(f"{spec} is neither a file nor a study{hint}; `prunesweep studies` lists the studies")
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

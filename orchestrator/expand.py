@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 
-from models.registry import input_shape, layer_units, model_content
+from models.registry import input_shape, layer_units, model_content, weight_layers
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
 from orchestrator.spec import DenseTraining, Retraining, SweepSpec
@@ -37,12 +37,13 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
     grid = spec.grid
     for model, dataset, dense_training in product(grid.model, grid.dataset, spec.dense):
         _check_input(model, dataset, data_root, document)
-        content = _content(model=model_content(model), dataset=dataset_content(dataset, data_root))
+        content = _content(model=model_content(model), dataset=_data_content(dataset, data_root))
         recipe, weights = _recipe_and_weights(dense_training, document)
         dense = Dense(model, dataset, recipe, spec.validation, (*content, *weights))
-        axes = (grid.pruner, grid.pruner_seed, grid.granularity, grid.scope, grid.schedule, grid.propagation)
-        for layers, pruner, pruner_seed, granularity, scope, schedule, propagation, precision, retrain in product(
-            _layer_points(spec, model, document), *axes, grid.precision, spec.retrain
+        points = [(kind, layers) for kind in grid.granularity for layers in _layer_points(spec, model, kind, document)]
+        axes = (grid.pruner, grid.pruner_seed, grid.scope, grid.schedule, grid.propagation, grid.precision)
+        for (granularity, layers), pruner, pruner_seed, scope, schedule, propagation, precision, retrain in product(
+            points, *axes, spec.retrain
         ):
             if problem := problem_of(pruner, scope, granularity, schedule):
                 raise UserError(f"{document.where(('grid', 'pruner'))}: grid.pruner: {problem}")
@@ -100,10 +101,21 @@ def _content(**hashes: str | None) -> Content:
     return tuple(sorted((name, value) for name, value in hashes.items() if value))
 
 
+def _data_content(dataset: str, data_root: str | None) -> str | None:
+    """The hash of a data set that is known by content. One that is not here can be planned, and not be run: then
+    its tasks are not those they will be."""
+    try:
+        return dataset_content(dataset, data_root)
+    except DataMissing:
+        return "missing"
+
+
 def _check_input(model: str, dataset: str, data_root: str | None, document: Document) -> None:
     try:
         given = find_dataset(dataset, data_root).shape
-    except (ValueError, DataMissing) as error:
+    except DataMissing:
+        return
+    except ValueError as error:
         raise UserError(f"{document.where(('grid', 'dataset'))}: grid.dataset: {error}") from None
     wanted = input_shape(model)
     if wanted is not None and wanted != given:
@@ -142,7 +154,10 @@ def tasks(spec: SweepSpec, document: Document) -> Iterator[Task]:
 def check_data_fits(spec: SweepSpec, document: Document, data_root: str | None = None) -> None:
     """Raise UserError where the validation part or the loss subset does not fit a data set."""
     for name in spec.grid.dataset:
-        size = find_dataset(name, data_root).train_size
+        try:
+            size = find_dataset(name, data_root).train_size
+        except DataMissing:
+            continue
         held = int(size * spec.validation)
         if spec.validation and not held:
             where = document.where(("validation",))
@@ -153,17 +168,19 @@ def check_data_fits(spec: SweepSpec, document: Document, data_root: str | None =
             raise UserError(f"{where}: loss_subset: {spec.loss_subset} of {largest} train samples of {name}")
 
 
-def _layer_points(spec: SweepSpec, model: str, document: Document) -> Iterator[Layers]:
+def _layer_points(spec: SweepSpec, model: str, granularity: str, document: Document) -> Iterator[Layers]:
     """The grid points of the layers axis, each with its ratio or ratios."""
     for i, entry in enumerate(spec.grid.layers):
         fail = _failer(document, "layers", i)
         if isinstance(entry, dict):
-            yield _removing_some(model, _resolve(model, entry, fail), fail)
+            units = _units(model, granularity, fail)
+            yield _removing_some(model, units, _resolve(model, units, entry, fail), fail)
             continue
         patterns = [entry] if isinstance(entry, str) else entry
         for j, ratio in enumerate(spec.grid.ratio or []):
-            layers = _resolve(model, dict.fromkeys(patterns, ratio), fail)
-            yield _removing_some(model, layers, _failer(document, "ratio", j))
+            units = _units(model, granularity, fail)
+            layers = _resolve(model, units, dict.fromkeys(patterns, ratio), fail)
+            yield _removing_some(model, units, layers, _failer(document, "ratio", j))
 
 
 def _failer(document: Document, axis: str, index: int) -> Callable[[str], UserError]:
@@ -173,9 +190,10 @@ def _failer(document: Document, axis: str, index: int) -> Callable[[str], UserEr
     return lambda message: UserError(f"{document.where(path)}: {'.'.join(map(str, path))}: {message}")
 
 
-def _resolve(model: str, ratios: dict[str, float], fail: Callable[[str], UserError]) -> Layers:
+def _resolve(
+    model: str, units: Mapping[str, int], ratios: dict[str, float], fail: Callable[[str], UserError]
+) -> Layers:
     """Names and patterns -> the model's layers in network order, each with its ratio."""
-    units = layer_units(model)
     found: dict[str, float] = {}
     for pattern, ratio in ratios.items():
         matching = [name for name in units if name == pattern or fnmatchcase(name, pattern)]
@@ -189,9 +207,16 @@ def _resolve(model: str, ratios: dict[str, float], fail: Callable[[str], UserErr
     return tuple((name, found[name]) for name in units if name in found)
 
 
-def _removing_some(model: str, layers: Layers, fail: Callable[[str], UserError]) -> Layers:
+def _units(model: str, granularity: str, fail: Callable[[str], UserError]) -> dict[str, int]:
+    """Layer -> what can be removed of it: units, or single weights."""
+    try:
+        return weight_layers(model) if granularity == "weight" else layer_units(model)
+    except ValueError as error:
+        raise fail(str(error)) from None
+
+
+def _removing_some(model: str, units: Mapping[str, int], layers: Layers, fail: Callable[[str], UserError]) -> Layers:
     """`layers`, if each loses some of its units and not all."""
-    units = layer_units(model)
     for name, ratio in layers:
         removed = n_removed(units[name], ratio)
         if not 0 < removed < units[name]:

@@ -53,7 +53,7 @@ where_option = click.option("--where", metavar="SQL", help="Only candidates for 
 
 def read_spec(spec: str, overrides: tuple[str, ...]) -> Document:
     """The document of a spec or a study with its --set overrides on it. Raises UserError."""
-    from orchestrator.documents import open_document
+    from orchestrator.study import open_document
 
     document = open_document(spec)
     for assignment in overrides:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import main
-from orchestrator.documents import Document, study_names
+from orchestrator.documents import Document
 from orchestrator.spec import load_spec
+from orchestrator.study import study_names
 from storage.correlate import CellData, X, Y
 from storage.figures import scatter
 

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import expand
-from orchestrator.documents import Document, open_document
+from orchestrator.documents import Document
 from orchestrator.spec import load_spec
+from orchestrator.study import open_document
 from storage.records import Cell, Task
 from tests import specs
 

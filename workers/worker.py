@@ -393,8 +393,11 @@ class Worker:
         from pruners.candidates import n_removed
         from workers.backends import is_plain
 
-        units = layer_units(cell.dense.model)
-        removed = tuple(n_removed(units[name], ratio) for name, ratio in cell.layers)
+        if cell.granularity == "weight":
+            removed = tuple(ratio for _, ratio in cell.layers)
+        else:
+            units = layer_units(cell.dense.model)
+            removed = tuple(n_removed(units[name], ratio) for name, ratio in cell.layers)
         names = tuple(name for name, _ in cell.layers)
         kind = () if is_plain(cell.retrain) else ("eager",)
         usual = {cell.granularity: "filter", cell.schedule: "one-shot", cell.scope: "local"}
