@@ -24,6 +24,7 @@ from workers.checkpoints import (
     restore_generators,
     restore_optimizer,
 )
+from workers.datasets import Split, find_dataset
 from workers.pulse import Limits, Pulse, Stopped
 from workers.worker import Worker
 
@@ -87,13 +88,15 @@ def stopping(monkeypatch: pytest.MonkeyPatch, pulse: Pulse, after: int) -> None:
     monkeypatch.setattr(workers.training, "_step", counted)
 
 
-def run_until_stopped(store: Store, shard: Shard, after: int, fixed: Execution | None = None) -> list[Row]:
+def run_until_stopped(
+    store: Store, shard: Shard, after: int, fixed: Execution | None = None, data_root: str = "none"
+) -> list[Row]:
     """Run a shard in a fresh worker that is asked to stop after so many steps."""
     with pytest.MonkeyPatch.context() as patch, Pulse(store, "driver", Limits()) as pulse:
         stopping(patch, pulse, after)
         rows: list[Row] = []
         try:
-            rows.extend(Worker(store, "none", pulse=pulse, fixed=fixed).run_shard(shard))
+            rows.extend(Worker(store, data_root, pulse=pulse, fixed=fixed).run_shard(shard))
         except Stopped:
             assert pulse.stop.is_set()
         return rows
@@ -292,3 +295,32 @@ def test_the_row_of_a_kept_last_network_is_the_same(trained: Store) -> None:
     run_until_stopped(stopped, shard, 31)
     (again,) = run_until_stopped(stopped, shard, 10**6)
     assert whole.read(str(row.kept_network)) == stopped.read(str(again.kept_network))
+
+
+def padded(_: Path) -> tuple[Split, Split]:
+    """A user's data set that is cropped and flipped."""
+    train, test = find_dataset("synthetic").load(Path())
+    assert isinstance(train, Split) and isinstance(test, Split)
+    return replace(train, pad=(-0.5,)), test
+
+
+@pytest.mark.parametrize("more", [{}, {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}], ids=["crops", "mixed"])
+def test_augmentation_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, more: dict[str, float]) -> None:
+    """What is drawn for a minibatch does not depend on where the training was taken up; without augmentation the
+    row is another."""
+    recipe = Recipe(2, 32, ((0, 0.02),), momentum=0.9, **more)  # pyright: ignore[reportArgumentType]
+    cell = replace(CELL, dense=replace(DENSE, dataset="tests.test_checkpoints:padded"), retrain=recipe)
+    task = Task(cell, 7, 1)
+    shard, dense = Shard("s0", (task,), keep="last"), Shard("dense", dense=cell.dense)
+    stopped, whole = Store(str(tmp_path / "stopped")), Store(str(tmp_path / "whole"))
+    list(Worker(whole, "none").run_shard(dense))
+    for after in (3, 6):
+        run_until_stopped(stopped, dense, after)
+    assert run_until_stopped(stopped, dense, 10**6) == []
+    for after in (5, 14):
+        assert run_until_stopped(stopped, shard, after) == []
+    (row,), (again,) = Worker(whole, "none").run_shard(shard), run_until_stopped(stopped, shard, 10**6)
+    assert row.error is None and measured(row) == measured(again)
+    plain = replace(task, cell=replace(cell, retrain=replace(recipe, augment=False)))
+    (other,) = Worker(whole, "none").run_shard(Shard("s1", (plain,)))
+    assert other.pruned_train_loss == row.pruned_train_loss and other.last_test_loss != row.last_test_loss

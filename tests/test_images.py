@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from storage.records import Cell, Dense, Recipe, Shard, Task
+from storage.records import Cell, Dense, Recipe, Row, Shard, Task
 from storage.store import Store
+from tests.test_checkpoints import measured, run_until_stopped
 from workers import folders
 from workers.augment import Draws
 from workers.datasets import DataMissing, Dataset, Split, check_dataset, dataset_content, find_dataset, prepare
 from workers.folders import BadFolder
-from workers.images import CROP, ImageFiles
+from workers.images import CROP, LOADERS, ImageFiles
 from workers.worker import Worker
 
 CPU = torch.device("cpu")
@@ -104,6 +107,7 @@ def test_the_number_of_processes_changes_no_bit(tmp_path: Path) -> None:
 def test_a_sample_is_seen_the_same_in_any_minibatch(tmp_path: Path) -> None:
     """What is drawn for a sample depends on the sample, not on its place."""
     train, _ = found(large(tmp_path / "data")).load(tmp_path)
+    assert isinstance(train, ImageFiles)
     one = dict(enumerate(torch.cat([batch.images for batch in epoch(train, DRAWS, 0)]).flip(0)))
     chosen = torch.tensor([7, 2, 9])
     ((other, _),) = train.at(chosen).minibatches([(0, torch.arange(3))], DRAWS)
@@ -212,12 +216,27 @@ def test_a_damaged_image_is_in_the_row_and_said(tmp_path: Path) -> None:
     assert any("train/cat/007.jpg" in message for message in worker.take_messages())
 
 
-def tiny_network(classes: int) -> torch.nn.Module:
+def test_a_stopped_training_on_files_goes_on_to_the_same_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of an epoch, by another number of processes, dropout included: bit for bit."""
+    name = f"imagefolder:{large(tmp_path / 'data')}"
+    recipe = Recipe(1, 3, ((0, 0.01),), seed=0)
+    dense = Dense("tests.test_images:tiny_network", name, recipe)
+    cell = Cell(dense, (("conv", 0.5),), "l1", Recipe(2, 3, ((0, 0.01),)), loss_subset=7)
+    store, shard = Store(str(tmp_path / "store")), Shard("s", (Task(cell, 0, 0),))
+    list(Worker(store, str(tmp_path)).run_shard(Shard("dense", dense=dense)))
+    (whole,) = Worker(store, str(tmp_path)).run_shard(shard)
+    shutil.rmtree(tmp_path / "store" / "rows")
+    rows: list[Row] = []
+    for loaders, after in (("2", 2), ("0", 4), ("2", 100)):
+        monkeypatch.setenv(LOADERS, loaders)
+        rows += run_until_stopped(store, shard, after, data_root=str(tmp_path))
+    assert whole.error is None and [measured(row) for row in rows] == [measured(whole)]
+
+
+def tiny_network(classes: int) -> nn.Module:
     """A user's network."""
-    layers = {"conv": torch.nn.Conv2d(3, 4, 3), "relu": torch.nn.ReLU(), "pool": torch.nn.AdaptiveAvgPool2d(1)}
-    return torch.nn.Sequential(
-        __import__("collections").OrderedDict(layers | {"flat": torch.nn.Flatten(), "fc": torch.nn.Linear(4, classes)})
-    )
+    layers = {"conv": nn.Conv2d(3, 4, 3), "relu": nn.ReLU(), "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
+    return nn.Sequential(OrderedDict(layers | {"drop": nn.Dropout(), "fc": nn.Linear(4, classes)}))
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
