@@ -35,6 +35,23 @@ class VisionLanguage(nn.Module):
         rows = torch.arange(len(hidden), device=hidden.device)[:, None]
         return self.lm_head(hidden[rows, batch["positions"]]).transpose(1, 2)
 
+    @torch.no_grad()
+    def example_input(self) -> dict[str, torch.Tensor]:
+        """A black image and one token after it, of which the next is asked for."""
+        model: Any = self.model
+        side = model.config.vision_config.image_size
+        pixels = torch.zeros(1, 3, side, side, device=self.lm_head.get_parameter("weight").device)
+        features = model.get_image_features(pixel_values=pixels).pooler_output[0]
+        image = model.config.image_token_id
+        other = 0 if image else 1
+        tokens = torch.tensor([[*[image] * len(features), other]], device=pixels.device)
+        return {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "pixel_values": pixels,
+            "positions": torch.full_like(tokens[:, :1], len(features)),
+        }
+
     def after_surgery(self) -> None:
         """Make what the config and the feed-forward blocks say of their widths true again."""
         model: Any = self.model

@@ -47,6 +47,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     import torch
     from safetensors.torch import load
 
+    from models.inputs import example_input
     from pruners.surgery import prune
     from workers.weights import metadata
 
@@ -59,6 +60,7 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     channels, height, width = about.get("shape") or input_shape(name) or (3, 32, 32)
     shape = channels, height, width
     with torch.random.fork_rng():
-        model = prune(build_model(name, about["classes"], shape), removed, torch.zeros(1, *shape))
+        dense = build_model(name, about["classes"], shape)
+        model = prune(dense, removed, example_input(dense, shape))
     model.load_state_dict(load(content))
     return model.eval()
