@@ -24,9 +24,11 @@ from workers.augment import Draws
 from workers.datasets import DataMissing, Dataset, Split, check_dataset, dataset_content, find_dataset, prepare
 from workers.folders import BadFolder
 from workers.images import CROP, LOADERS, ImageFiles
+from workers.streams import stream_seed
 from workers.worker import Worker
 
 CPU = torch.device("cpu")
+RECIPE = Recipe(1, 50, ((0, 0.01),), seed=0)
 DRAWS = Draws("x", 0, "retrain/0")
 
 
@@ -164,6 +166,19 @@ def test_content_is_what_files_hold_not_where_they_lie(tmp_path: Path) -> None:
     assert len({first, edited, renamed, content(root)}) == 4
 
 
+def test_draws_do_not_depend_on_where_a_folder_lies(tmp_path: Path) -> None:
+    """Nor does the part held out: a task has one id wherever its data is."""
+    root = small(tmp_path / "a")
+    shutil.copytree(root, tmp_path / "b")
+    names = ["imagefolder:b", f"imagefolder:{root}"]
+    held = [prepare(name, tmp_path, 0.5, CPU).validation for name in names]
+    assert all(isinstance(split, Split) for split in held)
+    assert torch.equal(*[split.images for split in held if isinstance(split, Split)])
+    assert stream_seed(names[0], 3, "x") == stream_seed(names[1], 3, "x") != stream_seed("mnist", 3, "x")
+    dense = [Dense("resnet20", name, RECIPE, content=(("dataset", str(content(root))),)) for name in names]
+    assert dense[0].dense_id == dense[1].dense_id
+
+
 def test_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second look reads only what has changed; a damaged memory of it is as none."""
     root, read = small(tmp_path / "data"), list[Path]()
@@ -204,9 +219,8 @@ def test_a_damaged_image_is_in_the_row_and_said(tmp_path: Path) -> None:
     root = small(tmp_path / "data", count=100)
     (root / "train" / "cat" / "007.jpg").write_bytes(b"")
     name = f"imagefolder:{root}"
-    recipe = Recipe(1, 50, ((0, 0.01),), seed=0)
-    dense = Dense("tests.test_images:tiny_network", name, recipe, content=(("dataset", str(content(root))),))
-    cell = Cell(dense, (("conv", 0.5),), "l1", replace(recipe, seed=None), loss_subset=50)
+    dense = Dense("tests.test_images:tiny_network", name, RECIPE, content=(("dataset", str(content(root))),))
+    cell = Cell(dense, (("conv", 0.5),), "l1", replace(RECIPE, seed=None), loss_subset=50)
     store = Store(str(tmp_path / "store"))
     worker = Worker(store, str(tmp_path))
     list(worker.run_shard(Shard("dense", dense=dense)))

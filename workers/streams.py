@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from storage.records import kind_of
+
 if TYPE_CHECKING:
     import torch
 
 
 def stream_seed(dataset: str, seed: int, name: str) -> int:
-    """63 bits that only this stream has."""
-    key = f"prunesweep/{dataset}/{seed}/{name}"
+    """63 bits that only this stream has. Where a folder of data lies does not matter, as in ids."""
+    key = f"prunesweep/{kind_of(dataset)}/{seed}/{name}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1
 
 
