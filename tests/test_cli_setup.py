@@ -47,6 +47,11 @@ def test_prefetch_downloads_only_what_is_missing(
     code, _, err = run(capsys, "prefetch", "mnist", "--data-root", str(tmp_path))
     assert code == 2 and "Traceback" not in err
     assert f"cannot download mnist into {tmp_path}" in err and "copy torchvision's MNIST/raw there" in err
+    monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:1/cifar")
+    code, _, err = run(capsys, "prefetch", "cifar100", "--data-root", str(tmp_path))
+    assert code == 2 and "copy torchvision's cifar-100-python there" in err
+    code, _, err = run(capsys, "prefetch", "imagenet", "--data-root", str(tmp_path))
+    assert code == 2 and f"no folder {tmp_path}/imagenet" in err and "prefetch cannot download it" in err
 
 
 def test_prefetch_of_what_is_there(capsys: pytest.CaptureFixture[str], mnist_root: str) -> None:
