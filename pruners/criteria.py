@@ -74,13 +74,15 @@ def own_norms(model: nn.Module, layer: str, units: int) -> dict[str, Importance]
 
     Those of an attention head are the sums over the rows that write its queries, keys and values.
     """
+    import torch
+
     module: Any = model.get_submodule(layer)
     heads = getattr(module, "prunable_heads", None)
     if heads is not None:
         written = [(getattr(module, name), parts) for name, parts in heads.writes]
         rows = [(_norms(one.weight), parts) for one, parts in written if _is_linear(one)]
-        each = {p: sum(of[p].reshape(parts, units, -1).sum((0, 2)) for of, parts in rows) for p in ("l1", "l2")}
-        return {name: checked(norms, units) for name, norms in each.items()}
+        each = {p: torch.stack([of[p].reshape(n, units, -1).sum((0, 2)) for of, n in rows]) for p in ("l1", "l2")}
+        return {name: checked(norms.sum(0), units) for name, norms in each.items()}
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim < 2:
         return {p: Importance(None, "it has no weights of its own") for p in ("l1", "l2")}
@@ -116,24 +118,28 @@ Batches = Iterable[tuple[Any, "torch.Tensor"]]
 
 
 def gradients_of(model: nn.Module, samples: Batches) -> Gradients:
-    """The gradients of a network in eval mode over `samples`, given one by one: one backward pass of each."""
+    """The gradients of a network in eval mode over `samples`, given one by one.
+
+    A backward pass for each: torch.func would take them together, but its first use imports for longer than a small
+    network's passes last.
+    """
     import torch
     from torch.nn import functional as F
 
-    model.eval()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    mean = [torch.zeros_like(p) for p in parameters.values()]
-    square = [torch.zeros_like(p) for p in parameters.values()]
+    model.eval().requires_grad_(True)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    mean, square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     count = 0
     for images, labels in samples:
         with torch.enable_grad():
             loss = F.cross_entropy(model(images), labels)
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
         for into, squared, gradient in zip(mean, square, found, strict=True):
-            into.add_(gradient)
-            squared.addcmul_(gradient, gradient)
+            if gradient is not None:
+                into.add_(gradient)
+                squared.addcmul_(gradient, gradient)
         count += 1
-    held = [{n: t.div(count).cpu() for n, t in zip(parameters, of, strict=True)} for of in (mean, square)]
+    held = [{name: total.div(count).cpu() for name, total in zip(names, of, strict=True)} for of in (mean, square)]
     return Gradients(*held)
 
 
@@ -240,18 +246,20 @@ def activations_of(model: nn.Module, samples: Batches) -> dict[str, torch.Tensor
     from pruners.surgery import _torch_pruning
 
     scorer = _torch_pruning().pruner.importance.ActivationImportance()
-    linear, sums, counts = torch.nn.Linear, dict[str, torch.Tensor](), dict[str, int]()
+    sums: dict[str, torch.Tensor] = {}
+    seen = 0
     model.eval()
     for images, labels in samples:
         with torch.no_grad(), scorer.compute_importance(model):
             model(images)
+        seen += len(labels)
         for name, module in model.named_modules():
             found = vars(module).pop("_importance", None)
             if found is not None:
-                weighted = found.double() * (1 if isinstance(module, linear) else len(labels))
-                sums[name] = sums.get(name, 0) + weighted
-                counts[name] = 1 if isinstance(module, linear) else counts.get(name, 0) + len(labels)
-    return {name: (total / counts[name]).cpu() for name, total in sums.items()}
+                # The library's hook sums over samples of a fully connected layer, and takes the mean of a convolution.
+                weighted = found.double() * (1 if _is_linear(module) else len(labels))
+                sums[name] = sums[name] + weighted if name in sums else weighted
+    return {n: (t if _is_linear(model.get_submodule(n)) else t / seen).cpu() for n, t in sums.items()}
 
 
 # -- which units are the least important -------------------------------------------------------------
