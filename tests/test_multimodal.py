@@ -25,12 +25,17 @@ from storage.records import Cell, Dense, Recipe, Row, Shard, Task
 from storage.store import Store
 from tests.conversations import SIDE, items_of, make_data, make_network, make_processor
 from workers import load_network
+from workers.augment import Draws, mixed
+from workers.checkpoints import Checkpoint
 from workers.conversations import item_of, letter_of
-from workers.datasets import DataMissing, Split, find_dataset
+from workers.datasets import Data, DataMissing, Split, find_dataset
 from workers.dense import load_dense
 from workers.measures import measured
 from workers.multimodal import find_llava, llava_content, load_llava
-from workers.serial import optimizer_of
+from workers.pulse import Stopped
+from workers.serial import Serial, optimizer_of
+from workers.training import train
+from workers.weights import portable
 from workers.worker import Worker
 
 SHAPE = (3, SIDE, SIDE)
@@ -360,6 +365,32 @@ def test_tied_weights_stay_tied(folder: Path, tmp_path: Path) -> None:
     assert found.lm_head.weight is found.model.language_model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
+def test_a_stopped_training_goes_on(recipe: Recipe, data: tuple[Split, Split], tmp_path: Path) -> None:
+    """Stopped after a minibatch and gone on with, a network with tied weights ends with the very same ones."""
+    from accelerate import Accelerator
+
+    make_network(tmp_path / "net", tie_word_embeddings=True)
+    store = Store(str(tmp_path / "store"))
+
+    def trained(stop: Callable[[], bool]) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        backend = Serial(build_hf(str(tmp_path / "net")), recipe, Accelerator(cpu=True), "contiguous_format")
+        checkpoint = Checkpoint(store.scratch, "here", {}, 1e9, stop)
+        whole = Data(data[0], data[0].at(torch.arange(0)), data[1], 101)
+        train(backend, whole, recipe, dataset="talk", seed=0, stream="retrain", checkpoint=checkpoint)
+        return portable(backend.networks[0])
+
+    expected = trained(lambda: False)
+    asked = iter([False, True, True])
+    with pytest.raises(Stopped):
+        trained(lambda: next(asked))
+    minibatches: list[None] = []
+    found = trained(lambda: bool(minibatches.append(None)))
+    assert len(minibatches) == 2  # of three
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_low_rank_additions_change_nothing_at_first(network: torch.nn.Module, data: tuple[Split, Split]) -> None:
     """They begin at zero, are all that the optimizer gets, and merging is what they compute."""
     images = data[0].at(torch.arange(4)).images
@@ -540,11 +571,15 @@ def test_a_data_set_without_all_its_parts_is_refused(folder: Path, tmp_path: Pat
         find_llava(str(tmp_path))
 
 
+def test_images_with_text_are_not_mixed(data: tuple[Split, Split]) -> None:
+    """Mixup of tokens means nothing: it is refused with what to do."""
+    with pytest.raises(ValueError, match="leave them out"):
+        mixed(data[0], Recipe(1, 4, ((0, 0.01),), mixup=0.2), 101, Draws("talk", 0, "retrain/0"), 0)
+
+
 def test_no_moving_average_of_low_rank_additions(network: torch.nn.Module) -> None:
     """The two together are refused before anything is trained."""
     from accelerate import Accelerator
-
-    from workers.serial import Serial
 
     recipe = Recipe(1, 4, ((0, 0.01),), lora_rank=2, ema=0.9)
     with pytest.raises(ValueError, match="leave one of them out"):

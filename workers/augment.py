@@ -58,8 +58,10 @@ def mixed(batch: Split, recipe: Recipe, classes: int, draws: Draws, number: int)
     """A minibatch under the recipe's mixup or cutmix, timm's, one or the other half the time where both are given;
     its labels become soft, [N, classes], label smoothing included. `batch` is not used again.
 
-    timm mixes pairs: of an odd number the last sample stays as it is.
+    timm mixes pairs: of an odd number the last sample stays as it is. Raises ValueError for images with text.
     """
+    if batch.labels.dim() > 1:
+        raise ValueError("mixup and cutmix are for images with classes, not for images with text: leave them out")
     from timm.data.mixup import Mixup, mixup_target
 
     smoothing, even = recipe.label_smoothing, len(batch) // 2 * 2

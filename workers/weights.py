@@ -19,7 +19,18 @@ def packed(tensors: Mapping[str, torch.Tensor], about: Any) -> bytes:
     from safetensors.torch import save
 
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    return save(contiguous, {METADATA: json.dumps(about, sort_keys=True, separators=(",", ":"))})
+    return save(_apart(contiguous), {METADATA: json.dumps(about, sort_keys=True, separators=(",", ":"))})
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that are one (an embedding that is the head too), each with memory of its own, as safetensors asks."""
+    seen: set[int] = set()
+    apart: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        place = tensor.data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def metadata(content: bytes) -> dict[str, Any]:
