@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 
@@ -12,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from storage.records import Recipe
+from models import build_model
+from storage.records import Execution, Recipe
+from tests.benchmarks.compute import accelerator
 from workers.augment import PADDING, Draws, crop_and_flip, mixed
+from workers.backends import open_backend
 from workers.datasets import Data, Split
 from workers.training import _fed, minibatches
 
@@ -127,3 +131,20 @@ def test_an_odd_minibatch_keeps_its_last_sample() -> None:
     assert str(np.random.get_state(legacy=False)) == str(state)
     assert torch.equal(made.images[4], batch.images[4]) and made.labels[4].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert len(made) == 5 and not torch.equal(made.images[:4], batch.images[:4])
+
+
+@pytest.mark.parametrize("name", ["serial", "compiled", "fleet"])
+def test_every_back_end_takes_a_minibatch_made_for_it(name: str) -> None:
+    """A minibatch without indices is what the same samples are by their indices: losses and weights, bit for bit."""
+    split = Split(torch.randn(24, 1, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10)
+    chosen, found = torch.tensor([3, 1, 4, 15, 9, 2, 6, 5]), []
+    for batch in ((split, chosen), (split.at(chosen), None)):
+        torch.manual_seed(0)
+        networks = [build_model("lenet5_mini", 10, (1, 32, 32)) for _ in range(3 if name == "fleet" else 1)]
+        execution = Execution(name, len(networks), 1, "contiguous_format", "", ())
+        with closing(open_backend(execution, networks, PLAIN, accelerator(), (1, 32, 32))) as backend:
+            losses = [backend.step(*batch, 0.1) for _ in range(3)]
+            weights = [p.detach().clone() for network in backend.networks for p in network.parameters()]
+            found.append([*losses, *weights])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][0].shape == (3 if name == "fleet" else 1,)
