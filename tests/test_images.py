@@ -273,6 +273,35 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
         find_dataset("imagefolder:nowhere", tmp_path)
 
 
+def test_a_folder_of_subfolders_with_a_file_nobody_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deeper folders count, files that are no images do not; what cannot be opened is no damaged image, and said."""
+    root = small(tmp_path / "a")
+    picture(root / "train" / "cat" / "deeper" / "still" / "0.PNG", (16, 16), 1)
+    (root / "train" / "cat" / "notes.txt").write_text("a cat")
+    (root / "train" / "list.csv").write_text("cat")
+    assert found(root).train_size == 13
+
+    def refused(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(folders, "_inspect", refused)
+    picture(root / "train" / "dog" / "000.jpg", (16, 16), 77)
+    with pytest.raises(BadFolder, match=r"cannot be read: .*Permission denied: .*train/dog/000.jpg"):
+        found(root)
+
+
+def test_a_file_that_goes_while_it_is_needed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a wrong number of processes, too."""
+    root = large(tmp_path / "data")
+    train, _ = found(root).load(tmp_path)
+    (root / "train" / "cat" / "003.jpg").unlink()
+    with pytest.raises(ValueError, match=r"train/cat/003.jpg could be read before and cannot now"):
+        list(train.in_order(3))
+    monkeypatch.setenv(LOADERS, "two")
+    with pytest.raises(ValueError, match="PRUNESWEEP_LOADERS=two: a number of processes"):
+        list(train.in_order(3))
+
+
 def test_imagenet_has_a_thousand_classes(tmp_path: Path) -> None:
     """The folder imagenet under the data root, and not another."""
     large(tmp_path / "imagenet", test="val")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 SKIPPED_SHARE = 0.01
 """So much of train or test may be damaged, and is left out; more is an error."""
+
+PIECE = 256
+"""So many files are read one after the other by a thread."""
 
 Stat = tuple[str, int, int]
 """A file's path below the folder, its bytes, and when it was changed, in ns."""
@@ -113,13 +117,15 @@ def _shape(folder: Folder) -> Shape:
 
 
 def _looked(name: str, root: Path) -> Folder:
-    try:
-        return look(root)
-    except FileNotFoundError:
+    if not root.is_dir():
         raise DataMissing(
             f"the data set {name} is not there: no folder {root} (a path that is not absolute is taken from the data "
             "root: --data-root, PRUNESWEEP_DATA_ROOT)"
-        ) from None
+        )
+    try:
+        return look(root)
+    except OSError as error:
+        raise BadFolder(f"{root} cannot be read: {error}") from None
 
 
 def _load(folder: Folder) -> tuple[Samples, Samples]:
@@ -140,11 +146,9 @@ def _load(folder: Folder) -> tuple[Samples, Samples]:
 def look(root: Path) -> Folder:
     """What lies at `root`, looked at once per process: train/ and test/ or val/, in each a subfolder per class.
 
-    Raises FileNotFoundError where there is no such folder; BadFolder, naming what is wrong, where those are not in
-    it, classes differ, one is empty, or too many images are damaged.
+    Raises BadFolder, naming what is wrong, where those are not in it, classes differ, one is empty, or too many
+    images are damaged; OSError where something cannot be read.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(str(root))
     train, test = _parts(root)
     files = {
         part: {name: sorted(_files(root / part / name, f"{part}/{name}")) for name in _classes(root / part)}
@@ -248,8 +252,9 @@ def _inspected(root: Path, stats: Sequence[Stat]) -> pa.Table:
     there = {} if before is None else {row[:3]: row[3:] for row in _rows(before, *_KNOWN.names)}
     unknown = [stat for stat in stats if stat not in there]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing and decoding let other threads run
-        found = pool.map(lambda stat: _inspect(root / stat[0]), unknown)
-        there |= dict(zip(unknown, found, strict=True))
+        pieces = [unknown[start : start + PIECE] for start in range(0, len(unknown), PIECE)]
+        found = pool.map(lambda piece: [_inspect(root / path) for path, *_ in piece], pieces)
+        there |= dict(zip(unknown, chain.from_iterable(found), strict=True))
     rows = [(*stat, *there[stat]) for stat in stats]
     known = pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _KNOWN, strict=True)],
@@ -274,6 +279,8 @@ def _inspect(path: Path) -> tuple[str, int | None, int | None, str | None]:
             width, height = image.size
             image.draft("RGB", (width // 8, height // 8))  # of a JPEG all bytes are read, few pixels made
             image.load()
+    except MemoryError:
+        raise
     except Exception as error:  # its decoders raise many kinds
         return sha256, None, None, f"{type(error).__name__}: {error}"
     return sha256, width, height, None

@@ -72,6 +72,8 @@ def _opened(root: Path, path: str) -> Any:
     try:
         with Image.open(root / path) as image:
             return image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # its decoders raise many kinds
         raise ValueError(f"{root / path} could be read before and cannot now: {error}") from error
 
@@ -128,6 +130,8 @@ def default_loaders(device: torch.device) -> int:
     """How many processes decode for a worker: as LOADERS says; else none beside a CPU worker, which has one core,
     and up to MOST_LOADERS beside an accelerator."""
     if said := os.environ.get(LOADERS):
+        if not said.isdecimal():
+            raise ValueError(f"{LOADERS}={said}: a number of processes is 0, 1, 2, ...")
         return int(said)
     return 0 if device.type == "cpu" else min(MOST_LOADERS, len(os.sched_getaffinity(0)))
 
