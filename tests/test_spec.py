@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from orchestrator import expand
 from orchestrator.documents import Document
 from orchestrator.errors import UserError
-from orchestrator.spec import load_spec
+from orchestrator.spec import DenseTraining, Grid, Resources, Retraining, SweepSpec, load_spec
 from tests import specs
 
 GOOD = """\
@@ -375,3 +376,13 @@ def test_json_is_yaml() -> None:
     """A spec written by a program as JSON is the same spec."""
     plain = Document("good.yaml", GOOD).plain() | {"retrain": {"epochs": 1, "batch_size": 64, "lr": 0.1}}
     assert Document("good.json", json.dumps(plain)).plain() == plain
+
+
+def test_every_key_is_documented() -> None:
+    """docs/spec.md names each key of a spec, and no other in its first column."""
+    page = Path("docs/spec.md").read_text(encoding="utf-8").partition("## Networks")[0]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for cell in rows for name in re.findall(r"`(\w+)`", cell)}
+    models = (SweepSpec, Grid, DenseTraining, Retraining, Resources)
+    keys = {key for model in models for key in model.model_fields}
+    assert named == keys - {"grid"}
