@@ -48,8 +48,10 @@ def submit(
     \b
     prunesweep submit sweep.yaml --address http://head:8265 --store /shared/results --no-wait
     """
+    from orchestrator.expand import cells
     from orchestrator.jobs import job_server, submit_job
     from orchestrator.plan import check
+    from orchestrator.preflight import check_models
     from storage.store import Store
 
     document = read_spec(spec, overrides)
@@ -57,6 +59,7 @@ def submit(
     opened = Store(store)
     location = opened.absolute
     server = _needed(address)
+    check_models(cells(checked, document, absolute(data_root)), absolute(data_root))
     job = submit_job(server, checked.name, document.text(), location, absolute(data_root))
     click.echo(job)
     click.echo(

@@ -178,19 +178,25 @@ def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form:
 @click.command()
 @click.argument("spec")
 @set_option
+@click.option("--preflight", is_flag=True, help="Also build, trace, prune and run each network once, as `run` will.")
 @store_option
 @data_root_option
 @output_options
-def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form: str, output: Any) -> None:
+def plan(
+    spec: str, overrides: tuple[str, ...], preflight: bool, store: str, data_root: str, form: str, output: Any
+) -> None:
     """Say what `run SPEC` would do: one line per cell. Runs nothing, writes nothing.
 
     \b
     prunesweep plan lenet5-mini-conv1
     prunesweep plan sweep.yaml --set grid.seed=[0,1,2] -f json
+    prunesweep plan sweep.yaml --preflight
     """
     import pyarrow as pa
 
+    from orchestrator.expand import cells
     from orchestrator.plan import check, check_data, estimate, plan_of_spec
+    from orchestrator.preflight import check_models
     from orchestrator.progress import duration, some
     from storage.store import Store
 
@@ -201,6 +207,8 @@ def plan(spec: str, overrides: tuple[str, ...], store: str, data_root: str, form
         check_data(checked.grid.dataset, absolute(data_root))
     except UserError as error:
         click.echo(f"warning: {error}", err=True)  # the cluster that runs it may have them
+    if preflight:
+        check_models(cells(checked, document, absolute(data_root)), absolute(data_root))
     found = plan_of_spec(opened, checked, document, absolute(data_root))
     emit(pa.Table.from_pylist(_cell_lines(found)), form, output)
     cost = estimate(opened, found)

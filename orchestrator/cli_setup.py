@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from orchestrator.errors import UserError
-from orchestrator.options import absolute, data_root_option, emit, output_options, store_option
+from orchestrator.options import absolute, data_root_option, emit, output_options, store_option, write_file
 
 OK, WARN, BAD = "ok", "warn", "bad"
 Check = tuple[str, str, str]
@@ -104,19 +104,29 @@ def _fetch(name: str, data_root: str) -> str:
 
 
 @click.command()
+@click.option("--models", multiple=True, metavar="NAME", help="Instead, try whether these networks can be pruned.")
 @store_option
 @data_root_option
 @output_options
 @click.pass_context
-def doctor(ctx: click.Context, store: str, data_root: str, form: str, output: Path | None) -> None:
+def doctor(
+    ctx: click.Context, models: tuple[str, ...], store: str, data_root: str, form: str, output: Path | None
+) -> None:
     """Check this machine, the store and the data; each line says what to do. Exits 5 if the store is bad, 1 if
     the installation is.
 
+    With --models, prune the networks named on the CPU, a quarter of every layer, and say what came of it: `all` are
+    those of docs/support.md. Exits 2 if one cannot be pruned at all.
+
     \b
     prunesweep doctor --store /shared/results --data-root /shared/data
+    prunesweep doctor --models torchvision/resnet18,timm/vit_tiny_patch16_224
+    prunesweep doctor --models all -f markdown -o docs/support.md
     """
     import pyarrow as pa
 
+    if models:
+        return _support(ctx, models, form, output)
     lines = [*_machine(), *_libraries(), *_store(store), *_data(absolute(data_root))]
     emit(
         pa.Table.from_pylist([dict(zip(("check", "result", "what"), line, strict=True)) for line in lines]),
@@ -127,6 +137,32 @@ def doctor(ctx: click.Context, store: str, data_root: str, form: str, output: Pa
     if bad:
         sys.stdout.flush()
         ctx.exit(5 if bad == ["store"] else 1)
+    return None
+
+
+def _support(ctx: click.Context, asked: tuple[str, ...], form: str, output: Path | None) -> None:
+    """The table of which networks can be pruned; in markdown with what it says of itself."""
+    import pyarrow as pa
+
+    from models.registry import check_model
+    from orchestrator.support import FAILS, columns, findings, names_of, page
+
+    names = names_of(asked)
+    for name in names:
+        try:
+            check_model(name)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    found = []
+    for i, finding in enumerate(findings(names), 1):
+        click.echo(f"{i}/{len(names)} {finding.network}: {finding.result}", err=True)
+        found.append(finding)
+    if form == "markdown" and output is not None:
+        write_file(output, lambda: output.write_text(page(found)))
+    else:
+        emit(pa.Table.from_pylist([columns(one) for one in found]), form, output)
+    if len(asked) and "all" not in asked and any(one.result == FAILS for one in found):
+        ctx.exit(2)
 
 
 def _machine() -> Iterator[Check]:

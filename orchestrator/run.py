@@ -12,7 +12,7 @@ from orchestrator.cluster import check_reachable, connected
 from orchestrator.documents import Document
 from orchestrator.drivers import Driver, heeding_signals
 from orchestrator.errors import UserError
-from orchestrator.expand import keeps
+from orchestrator.expand import cells, keeps
 from orchestrator.plan import (
     STATUSES,
     Plan,
@@ -24,6 +24,7 @@ from orchestrator.plan import (
     planned,
     statuses_of,
 )
+from orchestrator.preflight import check_models
 from orchestrator.progress import progress, say, some
 from orchestrator.queue import Queue
 from storage.errors import StoreError
@@ -68,9 +69,11 @@ class Outcome:
 
 
 def run_spec(store: Store, document: Document, options: Options) -> Outcome:
-    """Check, expand, record and run a spec. Nothing is written before spec, data, store and cluster are checked."""
+    """Check, expand, record and run a spec. Nothing is written before spec, data, networks, store and cluster
+    are checked."""
     spec = check(document, options.data_root)
     check_data(spec.grid.dataset, options.data_root)
+    check_models(cells(spec, document, options.data_root), options.data_root)
     store.check_writable()
     check_reachable(options.address)
     manifest = store.write_manifest(spec.name, document.text(), planned(spec, document, options.data_root))

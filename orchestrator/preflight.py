@@ -1,0 +1,249 @@
+"""Preflight: each network of a sweep is built, traced, pruned and run once on the CPU, before anything is spent.
+
+Weights are random and the batch has two samples: what is looked for is a network that cannot be pruned, not how well
+it does. Networks that are built in are known to be all right; those of transformers are left to their workers, for
+they may not fit into the driver.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.registry import MODELS, layer_units, load_weights, model_content
+from models.weights import is_file
+from orchestrator.errors import UserError
+from pruners.candidates import n_removed
+from workers.datasets import find_dataset
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from storage.records import Cell
+
+SAMPLES = 2
+
+Layers = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network as a sweep trains it, and all that the sweep prunes of it: ((layers, granularity), ...)."""
+
+    model: str
+    classes: int
+    shape: tuple[int, int, int]
+    weights: str | None
+    prunings: tuple[tuple[Layers, str], ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """(parameters, multiply-adds) before and after pruning; the relative difference to the masked network, or why
+    there is none."""
+
+    before: tuple[int, int]
+    after: tuple[int, int]
+    error: float | None
+    reason: str | None
+
+
+def check_models(cells: Iterable[Cell], data_root: str | None) -> None:
+    """Raise UserError, a line for each problem, where a network of `cells` cannot be pruned as they want."""
+    if problems := preflight(cells, data_root):
+        raise UserError("\n".join([*problems, "preflight: nothing was run; docs/support.md says what can be pruned"]))
+
+
+def preflight(cells: Iterable[Cell], data_root: str | None) -> list[str]:
+    """What stands in the way of pruning the networks of `cells`, a line for each; what passed once is not tried
+    again.
+    """
+    problems: list[str] = []
+    for subject in _subjects(cells, data_root):
+        note = _note(subject)
+        if note.exists():
+            continue
+        found = list(_problems(subject))
+        problems += found
+        if not found:
+            _write(note)
+    return problems
+
+
+def _subjects(cells: Iterable[Cell], data_root: str | None) -> list[Subject]:
+    """The distinct networks that are to be tried, each with its distinct prunings."""
+    prunings: dict[Subject, dict[tuple[Layers, str], None]] = {}
+    for cell in cells:
+        weights = cell.dense.recipe.weights
+        given = weights if weights is not None and is_file(weights) and "://" not in weights else None
+        if cell.dense.model.startswith("hf/") or (cell.dense.model in MODELS and given is None):
+            continue
+        dataset = find_dataset(cell.dense.dataset, data_root)
+        subject = Subject(cell.dense.model, dataset.classes, dataset.shape, given)
+        prunings.setdefault(subject, {})[cell.layers, cell.granularity] = None
+    return [Subject(s.model, s.classes, s.shape, s.weights, tuple(of)) for s, of in prunings.items()]
+
+
+def _problems(subject: Subject) -> Iterator[str]:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = built(subject.model, subject.classes, subject.shape)
+            if subject.weights is not None:
+                load_weights(model, subject.model, subject.weights)
+            probe = torch.randn(SAMPLES, *subject.shape)
+            check_forward(model, probe, subject.classes)
+        except ValueError as error:
+            yield f"{subject.model}: {_without_name(subject.model, error)}"
+            return
+        for layers, granularity in subject.prunings:
+            try:
+                check_pruning(model, layers, granularity, probe)
+            except ValueError as error:
+                ratios = sorted({ratio for _, ratio in layers})
+                named = ", ".join(name for name, _ in layers[:4]) + (" ..." if len(layers) > 4 else "")
+                yield f"{subject.model}: pruning {named} by {', '.join(map(str, ratios))}: {error}"
+
+
+def _without_name(name: str, error: ValueError) -> str:
+    return str(error).removeprefix(f"{name}: ")
+
+
+def built(name: str, classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """The network in eval mode, with random weights that leave no channel idle. Raises ValueError."""
+    from models import build_model
+
+    return stirred(build_model(name, classes, shape)).eval()
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    """`model`, its constant tensors (a classifier of zeros, scales of 1e-6, running statistics) made random: with
+    them as they are a wrong cut would not be seen.
+    """
+    import torch
+
+    norm = torch.nn.modules.batchnorm._BatchNorm
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, norm) and module.running_mean is not None and module.running_var is not None:
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and (parameter.numel() == 1 or float(parameter.std()) < 1e-3):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def check_forward(model: nn.Module, probe: torch.Tensor, classes: int) -> None:
+    """Raise ValueError unless a network gives [N, classes], and the same again, in eval mode."""
+    first, second = _run(model, probe), _run(model, probe)
+    if not hasattr(first, "shape"):
+        raise ValueError(f"its output is a {type(first).__name__}; it must be a tensor [N, {classes}]")
+    if tuple(first.shape) != (len(probe), classes):
+        said = f"for {len(probe)} samples its output is {list(first.shape)}"
+        raise ValueError(f"{said}; it must be [N, classes], here [{len(probe)}, {classes}]")
+    if not first.isfinite().all():
+        raise ValueError("its output on random inputs is not finite")
+    if not first.allclose(second, rtol=1e-5, atol=1e-6):
+        raise ValueError(
+            "its forward pass is not deterministic in eval mode: two runs on the same input differ by "
+            f"{float((first - second).abs().max()):.2g}; draw random numbers only where self.training"
+        )
+
+
+def _run(model: nn.Module, probe: torch.Tensor) -> Any:
+    import torch
+
+    try:
+        with torch.no_grad():
+            return model(probe)
+    except Exception as error:  # of a network's own code
+        shape = "x".join(map(str, probe.shape[1:]))
+        raise ValueError(f"it cannot be run on inputs of {shape}: {type(error).__name__}: {error}") from error
+
+
+def check_pruning(model: nn.Module, layers: Layers, granularity: str, probe: torch.Tensor) -> Sizes | None:
+    """Prune a copy of `model`, run it, and compare. Raises ValueError with the reason where that cannot be.
+
+    None for granularity weight, which leaves sizes as they are.
+    """
+    if granularity == "weight":
+        lacking = [name for name, _ in layers if getattr(model.get_submodule(name), "weight", None) is None]
+        if lacking:
+            raise ValueError(f"{lacking[0]} has no weights of its own to mask: with granularity weight name a layer")
+        return None
+    units = {name: len_of(model, name) for name, _ in layers}
+    draw = random.Random(0)
+    removed = {name: tuple(sorted(draw.sample(range(units[name]), n_removed(units[name], r)))) for name, r in layers}
+    return _pruned(model, {name: chosen for name, chosen in removed.items() if chosen}, probe)
+
+
+def len_of(model: nn.Module, layer: str) -> int:
+    """How many units a layer has: heads, or rows of its weight. Raises ValueError where there is no such layer."""
+    try:
+        module: Any = model.get_submodule(layer)
+    except AttributeError:
+        raise ValueError(f"it has no layer {layer}") from None
+    heads = getattr(module, "prunable_heads", None)
+    return heads.count if heads is not None else len(module.weight)
+
+
+def _pruned(model: nn.Module, removed: dict[str, tuple[int, ...]], probe: torch.Tensor) -> Sizes:
+    from pruners.equivalence import LIMIT, equivalence
+    from pruners.surgery import NothingFell, check_fell, prune
+    from workers.worker import count
+
+    try:
+        pruned = prune(model, removed, probe[:1])
+        made = _run(pruned, probe)
+        before, after = count(model, probe[:1]), count(pruned, probe[:1])
+        check_fell(before, after)
+        found = equivalence(model, pruned, removed, probe)
+    except NothingFell as error:
+        raise ValueError(str(error)) from error
+    except ValueError:
+        raise
+    except Exception as error:  # of tracing, or of the network's own code once it is smaller
+        raise ValueError(f"it cannot be pruned: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+    if tuple(made.shape) != tuple(model(probe).shape):
+        raise ValueError(f"pruned, its output is {list(made.shape)}")
+    if found.error is not None and not found.error <= LIMIT:
+        said = f"relative difference {found.error:.2g}, limit {LIMIT}"
+        raise ValueError(f"pruned, it does not compute what it does with these units silenced ({said})")
+    return Sizes(before, after, found.error, found.reason)
+
+
+def _note(subject: Subject) -> Path:
+    """The file that says that a subject has passed, named after all that this depends on."""
+    import pruners
+
+    rules = [path.read_bytes() for path in sorted(Path(str(pruners.__file__)).parent.glob("*.py"))]
+    given = hashlib.sha256(Path(subject.weights).read_bytes()).hexdigest() if subject.weights else None
+    libraries = [version(name) for name in ("torch", "torchvision", "timm", "torch-pruning")]
+    said = [subject.model, model_content(subject.model), subject.classes, subject.shape, given, subject.prunings]
+    key = hashlib.sha256(json.dumps([*said, libraries]).encode() + b"".join(rules)).hexdigest()[:32]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "prunesweep" / "preflight" / key
+
+
+def _write(note: Path) -> None:
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    except OSError:
+        return
+
+
+def all_layers(name: str, ratio: float) -> Layers:
+    """Every prunable layer of a network that loses some units at `ratio`."""
+    return tuple((layer, ratio) for layer, units in layer_units(name).items() if n_removed(units, ratio))
