@@ -295,21 +295,21 @@ def _built(found: Architecture, classes: int, channels: int) -> nn.Module:
 
 
 def load_weights(model: nn.Module, name: str, weights: str) -> None:
-    """Put given weights into a network: `library` (its default pretrained ones), the library's own name of others, a
-    local .safetensors or .pt file, or a URI of one.
+    """Put given weights into a network: `library` (its default pretrained ones; of `hf/` those beside its config), the
+    library's own name of others, a local .safetensors or .pt file, or a URI of one.
 
     Of a library's weights the classifier is left out where it is for another number of classes. Raises ValueError
     naming the file, what does not fit, and what to do.
     """
     from models.weights import is_file, put, read
 
-    if name.startswith("hf/"):
-        from models.multimodal import load_hf
-
-        return load_hf(model, name if weights == "library" else weights)
     if is_file(weights):
         state = read(weights)
         return put(model, library.fitted(model, state), weights)
+    if name.startswith("hf/") and weights == "library":
+        from models.multimodal import load_hf
+
+        return load_hf(model, name)
     if not library.is_library(name):
         raise ValueError(f"{name} has no weights {weights!r}: give a .safetensors or .pt file, or leave `weights` out")
     return library.load(model, name, weights)

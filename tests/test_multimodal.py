@@ -298,6 +298,7 @@ def test_a_chat_template_says_how_turns_are_written(folder: Path, tmp_path: Path
 
 def test_given_weights_are_loaded_from_safetensors_alone(folder: Path, tmp_path: Path) -> None:
     """A checkpoint of transformers gives its outputs; shards count; a missing shard and pickles are refused."""
+    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     torch.manual_seed(3)
@@ -317,6 +318,14 @@ def test_given_weights_are_loaded_from_safetensors_alone(folder: Path, tmp_path:
             assert torch.allclose(network(data.images), expected, atol=1e-5)
     reference = f"hf/{tmp_path / 'shards'}"
     network = build_model(reference, 101, SHAPE)
+    own = {name: tensor.contiguous() for name, tensor in whole.state_dict().items()}
+    save_file(own, tmp_path / "own.safetensors")
+    load_weights(network, reference, str(tmp_path / "own.safetensors"))
+    with torch.no_grad():
+        assert torch.allclose(network.eval()(data.images), expected, atol=1e-5)
+    for other in (str(tmp_path / "whole"), "IMAGENET1K_V1"):
+        with pytest.raises(ValueError, match=r"\.safetensors"):
+            load_weights(network, reference, other)
     shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
     assert len(shards) > 1
     kept = shards[0].read_bytes()
