@@ -45,7 +45,7 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
         for (granularity, layers), pruner, pruner_seed, scope, schedule, propagation, precision, retrain in product(
             points, *axes, spec.retrain
         ):
-            if problem := problem_of(pruner, scope, granularity, schedule):
+            if problem := problem_of(pruner, scope, granularity, schedule, propagation):
                 raise UserError(f"{document.where(('grid', 'pruner'))}: grid.pruner: {problem}")
             kind = find_pruner(pruner)
             sampled = kind.enumerates and spec.candidates.mode == "sample"
