@@ -70,18 +70,25 @@ def measured(
     sums: list[torch.Tensor] = []
     is_text = False
     shares = accelerator if accelerator and 1 < accelerator.num_processes <= len(split) / batch else None
-    for i, piece in enumerate(split.in_order(batch)):
-        if shares and i % shares.num_processes != shares.process_index:
-            continue
+    own = split.at(_share(len(split), batch, shares)) if shares else split
+    for piece in own.in_order(batch):
         logits = logits_of(piece.images)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         is_text = piece.labels.dim() > 1
         sums.append(_of_text(logits, piece) if is_text else _of_classes(logits, piece.labels))
     total = torch.stack(sums).sum(0)
-    found = (shares.reduce(total, "sum") if shares else total).T.tolist()
+    if shares:
+        total = shares.reduce(total, "sum")
+        assert isinstance(total, torch.Tensor)
+    found = total.T.tolist()
     if is_text:
         return [measure_of_text(member, len(split)) for member in found]
     return [measure_of(loss, square, int(correct), len(split)) for loss, square, correct in found]
+
+
+def _share(n: int, batch: int, accelerator: Accelerator) -> torch.Tensor:
+    """The samples whose batches are this process's: only those are read."""
+    return torch.cat(torch.arange(n).split(batch)[accelerator.process_index :: accelerator.num_processes])
 
 
 def _of_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
