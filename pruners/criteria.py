@@ -132,7 +132,10 @@ def gradients_of(model: nn.Module, samples: Batches) -> Gradients:
     count = 0
     for images, labels in samples:
         with torch.enable_grad():
-            loss = F.cross_entropy(model(images), labels)
+            logits = model(images)
+            if labels.dim() > 1:  # text: token by token, as torch refuses its other form on a GPU
+                logits, labels = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
+            loss = F.cross_entropy(logits, labels)
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         for into, squared, gradient in zip(mean, square, found, strict=True):
             if gradient is not None:

@@ -55,6 +55,14 @@ def measure_of_text(sums: Sequence[float], n: int) -> Measure:
     return Measure(mean, error, correct / max(1.0, judged), n)
 
 
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, **how: Any) -> torch.Tensor:
+    """torch's, of logits [B, classes] and labels [B] or soft [B, classes]; or of text, [B, classes, T] and [B, T],
+    taken token by token: torch's own kernel for that form is not deterministic on a GPU, and refused."""
+    if labels.dim() > 1 and not labels.is_floating_point():
+        logits, labels = logits.movedim(1, -1).flatten(0, -2), labels.flatten()
+    return F.cross_entropy(logits, labels, **how)
+
+
 @torch.no_grad()
 def measured(
     logits_of: Callable[[Any], torch.Tensor],
@@ -107,7 +115,7 @@ def _of_text(logits: torch.Tensor, piece: Split) -> torch.Tensor:
     Where there are none, every sample is, and is correct if each of its tokens has the highest logit.
     """
     labels, k = piece.labels, len(logits)
-    each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(k, 1), reduction="none").view(k, *labels.shape)
+    each = cross_entropy(logits.flatten(0, 1), labels.repeat(k, 1), reduction="none").view(k, *labels.shape)
     losses, tokens = each.double().sum(2), (labels != -100).sum(1).double().expand(k, -1)
     correct, judged = _correct(logits, piece)
     sums = (losses, losses.square(), losses * tokens, tokens, tokens.square(), correct, judged.expand(k, -1))

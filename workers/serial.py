@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
 from workers.checkpoints import State, optimizer_state, part, prefixed, restore_optimizer
 from workers.datasets import Split
-from workers.measures import EVALUATION_BATCH, Measure, measured
+from workers.measures import EVALUATION_BATCH, Measure, cross_entropy, measured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,9 +89,9 @@ class Serial:
             piece, share = self._own_part(whole, part_share)
             with self._accelerator.autocast():
                 logits = self._net(piece.images)
-                loss = F.cross_entropy(logits, piece.labels, label_smoothing=smoothing)
+                loss = cross_entropy(logits, piece.labels, label_smoothing=smoothing)
             self._accelerator.backward(loss if share == 1 else loss * share)
-            shown = F.cross_entropy(logits.detach(), piece.labels) if smoothing else loss.detach()
+            shown = cross_entropy(logits.detach(), piece.labels) if smoothing else loss.detach()
             losses.append(shown if share == 1 else shown * share)
         total = torch.stack(losses).sum()
         if self._accelerator.num_processes == 1:
