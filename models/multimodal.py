@@ -166,6 +166,12 @@ def load_hf(network: nn.Module, reference: str) -> None:
     network.load_state_dict(VisionLanguage.of(given).state_dict())
 
 
+def check_fits(reference: str, classes: int, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the network that a reference describes takes the data, as `build_hf`; builds nothing."""
+    found = parsed(reference)
+    _check_data(found, _whole(found, read_config(found)), classes, shape)
+
+
 def read_config(found: Reference) -> dict[str, Any]:
     """A reference's config.json. Raises ValueError."""
     path = found.folder / "config.json" if found.folder else _from_hub(found)

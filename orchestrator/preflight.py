@@ -2,7 +2,7 @@
 
 Weights are random and the batch has two samples: what is looked for is a network that cannot be pruned, not how well
 it does. Networks that are built in are known to be all right; those of transformers are left to their workers, for
-they may not fit into the driver.
+they may not fit into the driver: only whether their configs take the data is looked at.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from models.registry import MODELS, layer_units, load_weights, model_content
 from models.weights import is_file
 from orchestrator.errors import UserError
 from pruners.candidates import n_removed
+from usercode import is_code
 from workers.datasets import find_dataset
 
 if TYPE_CHECKING:
@@ -66,7 +67,11 @@ def preflight(cells: Iterable[Cell], data_root: str | None) -> list[str]:
     """What stands in the way of pruning the networks of `cells`, a line for each; what passed once is not tried
     again.
     """
-    problems: list[str] = []
+    cells = list(cells)
+    pairs = dict.fromkeys((cell.dense.model, cell.dense.dataset) for cell in cells)
+    problems = [found for model, dataset in pairs if (found := misfit(model, dataset, data_root))]
+    if problems:
+        return problems
     for subject in _subjects(cells, data_root):
         note = _note(subject)
         if note.exists():
@@ -76,6 +81,27 @@ def preflight(cells: Iterable[Cell], data_root: str | None) -> list[str]:
         if not found:
             _write(note)
     return problems
+
+
+def misfit(model: str, dataset: str, data_root: str | None) -> str | None:
+    """Why a network of transformers does not take a data set, or another network images with text; None where there
+    is nothing to say, as of a user's own code.
+    """
+    from models.multimodal import check_fits
+
+    of_text, with_text = model.startswith("hf/"), dataset.startswith("llava:")
+    if is_code(model) or is_code(dataset) or not (of_text or with_text):
+        return None
+    if not with_text:
+        return f"{model} takes images with text: give it a `llava:PATH` data set, not {dataset}"
+    if not of_text:
+        return f"{model} takes images alone, and {dataset} has text: give it a network of hf/"
+    found = find_dataset(dataset, data_root)
+    try:
+        check_fits(model, found.classes, found.shape)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _subjects(cells: Iterable[Cell], data_root: str | None) -> list[Subject]:

@@ -19,6 +19,7 @@ pytest.importorskip("peft")
 
 from models import build_model, layer_units, load_weights
 from models.multimodal import FEED_FORWARD, build_hf, check_hf, hf_content, hf_layer_units, merged, parsed, with_lora
+from orchestrator.preflight import misfit, preflight
 from pruners.equivalence import LIMIT, equivalence
 from pruners.surgery import prune
 from storage.records import Cell, Dense, Recipe, Row, Shard, Task
@@ -563,6 +564,21 @@ def test_data_that_is_not_for_the_network_is_refused(folder: Path) -> None:
         build_hf(reference, 500, SHAPE)
     with pytest.raises(TypeError, match=r"give it a `llava:PATH` data set"):
         build_hf(reference)(torch.zeros(1, *SHAPE))
+
+
+def test_what_does_not_go_together_is_known_before_a_run(folder: Path, tmp_path: Path) -> None:
+    """Networks with text and data without, the other way round, and a processor of other images than the network's."""
+    net, data = f"hf/{folder / 'net'}", f"llava:{folder / 'data'}"
+    assert misfit(net, data, None) is None and misfit("lenet5_mini", "synthetic", None) is None
+    assert "takes images with text" in (misfit(net, "synthetic", None) or "")
+    assert "takes images alone" in (misfit("lenet5_mini", data, None) or "")
+    make_network(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["image_size"] = 24
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cell = Cell(Dense(f"hf/{tmp_path}", data, DENSE_RECIPE), ((GATE.format(0), 0.5),), "l1", FULL)
+    (problem,) = preflight([cell], None)
+    assert problem.startswith(f"hf/{tmp_path} takes images of 3x24x24, the data's are 3x16x16")
 
 
 def test_a_data_set_without_all_its_parts_is_refused(folder: Path, tmp_path: Path) -> None:
