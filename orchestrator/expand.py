@@ -59,7 +59,8 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
                 schedule=schedule,
                 propagation=propagation,
                 precision=precision,
-                calibration=spec.calibration if kind.needs_data else CALIBRATION,
+                # The scores of every filter study are computed on these samples, whatever the pruner.
+                calibration=spec.calibration if granularity == "filter" else CALIBRATION,
                 content=_content(pruner=pruner_content(pruner)),
                 loss_subset=spec.loss_subset,
                 candidate_mode="sample" if sampled else "all",

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from models.registry import check_model
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
-from pruners.pruners import check_pruner
+from pruners.pruners import check_pruner, steps_of
 from storage.identity import SWEEP_NAME
 from storage.records import Recipe
 from workers.datasets import check_dataset
@@ -45,8 +45,7 @@ def _checked(check: Callable[[str], None]) -> AfterValidator:
 
 
 def _schedule(value: str) -> str:
-    if value != "one-shot" and not SCHEDULE.fullmatch(value):
-        raise ValueError(f"unknown schedule {value!r}; allowed: one-shot, iterative-N with N from 2 (iterative-5)")
+    steps_of(value)
     return value
 
 
@@ -60,8 +59,6 @@ def _once(values: list[Any]) -> list[Any]:
     """A point named twice is one point."""
     return [value for i, value in enumerate(values) if value not in values[:i]]
 
-
-SCHEDULE = re.compile(r"iterative-([2-9]|[1-9][0-9]+)")
 
 Model = Annotated[str, _checked(check_model)]
 DatasetName = Annotated[str, _checked(check_dataset)]

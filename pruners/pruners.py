@@ -34,8 +34,6 @@ PRUNERS: Mapping[str, Pruner] = {
     **{name: Pruner(name, criterion=name, needs_data=one.needs != "weights") for name, one in CRITERIA.items()},
 }
 
-MAX_STEPS = 1000
-
 OF_WEIGHTS = ("oracle", "l1", "random")
 """The pruners that choose single weights."""
 
@@ -73,8 +71,8 @@ def steps_of(schedule: str) -> int:
     if schedule == "one-shot":
         return 1
     kind, _, number = schedule.partition("-")
-    if kind != "iterative" or not number.isdecimal() or not 2 <= int(number) <= MAX_STEPS:
-        raise ValueError(f"{schedule!r} is no schedule; allowed: one-shot, iterative-N with N from 2 to {MAX_STEPS}")
+    if kind != "iterative" or not number.isdecimal() or number != str(int(number)) or int(number) < 2:
+        raise ValueError(f"unknown schedule {schedule!r}; allowed: one-shot, iterative-N with N from 2 (iterative-5)")
     return int(number)
 
 
