@@ -30,6 +30,10 @@ from storage.identity import (
 )
 
 
+MANY = 4
+"""Layers that a cell's words name one by one; of more the first and the last."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained. `lr` is ((epochs already done, value), ...), ascending from 0.
@@ -195,9 +199,9 @@ class Cell:
         return Cell(**{**data, "dense": dense, "retrain": retrain, "layers": layers, "content": content})
 
     def __str__(self) -> str:
-        layers = "+".join(name for name, _ in self.layers)
+        layers = _joined([name for name, _ in self.layers])
         ratio = self.pruning_ratio
-        shown = "+".join(repr(r) for _, r in self.layers) if ratio is None else repr(ratio)
+        shown = _joined([repr(r) for _, r in self.layers]) if ratio is None else repr(ratio)
         extra = [
             value
             for value, default in (
@@ -212,6 +216,11 @@ class Cell:
         ]
         words = [self.dense.model, self.dense.dataset, layers, shown, self.pruner, *map(str, extra)]
         return " ".join(words)
+
+
+def _joined(words: Sequence[str]) -> str:
+    """`a+b+c`; of more than MANY the first and the last, and how many there are."""
+    return "+".join(words) if len(words) <= MANY else f"{words[0]}+..+{words[-1]}({len(words)})"
 
 
 @dataclass(frozen=True)
