@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import traceback
@@ -441,8 +442,6 @@ class Worker:
 
     def baseline(self, cell: Cell) -> dict[str, Any]:
         """The dense_* columns: what the dense model achieves, measured as the pruned ones are."""
-        import copy
-
         from workers.backends import SERIAL, open_backend
         from workers.datasets import find_dataset
 
@@ -495,8 +494,10 @@ def count(network: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    # The counter hooks gradients, and fails on a parameter that is a module's input (a class token).
+    frozen = copy.deepcopy(network).requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(example)
+        frozen(example)
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
 
 
