@@ -67,7 +67,7 @@ def _separate(module: nn.MultiheadAttention) -> SeparateAttention:
     assert module.batch_first and module.in_proj_bias is not None, "another attention than torchvision's ViTs have"
     made = SeparateAttention(module.embed_dim, module.num_heads, module.dropout)
     made.load_state_dict(_split_projections({"": made}, dict(module.state_dict())))
-    return made.to(module.in_proj_weight.device)
+    return made.to(module.in_proj_weight)
 
 
 def separated_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

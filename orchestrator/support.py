@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+Shape = tuple[int, int, int]
+
 RATIO = 0.25
 LARGEST = 100_000_000
 """Parameters of the largest network that is tried."""
@@ -67,16 +69,12 @@ def everything() -> list[str]:
     return [f"torchvision/{name}" for name in known_names("torchvision")] + [f"timm/{name}" for name in FAMILIES]
 
 
+COLUMNS = ("network", "parameters (M)", "prunable layers", "of them attention", "filter pruning", "remark")
+
+
 def columns(finding: Finding) -> dict[str, Any]:
     """A line of the table; parameters in millions."""
-    return {
-        "network": finding.network,
-        "parameters (M)": finding.parameters,
-        "prunable layers": finding.layers,
-        "of them attention": finding.heads,
-        "filter pruning": finding.result,
-        "remark": finding.remark,
-    }
+    return dict(zip(COLUMNS, asdict(finding).values(), strict=True))
 
 
 def page(found: Sequence[Finding]) -> str:
@@ -173,12 +171,30 @@ def tried(name: str) -> Finding:
 def _parameters(name: str) -> int:
     import torch
 
-    from models.library import is_library, usual_shape
-    from models.registry import USER_SHAPES, build_model
+    from models.registry import build_model
 
-    with torch.device("meta"):
-        shape = usual_shape(name) if is_library(name) else USER_SHAPES[0]
-        return sum(p.numel() for p in build_model(name, 1000, shape).parameters())
+    problem = ValueError(f"{name} cannot be built")
+    for device in ("meta", "cpu"):  # some look at their weights as they are built
+        for shape in _shapes(name):
+            try:
+                with torch.device(device):
+                    return sum(p.numel() for p in build_model(name, 1000, shape).parameters())
+            except ValueError as error:
+                problem = error
+    raise problem
+
+
+def _shapes(name: str) -> list[Shape]:
+    """(channels, height, width) that a network may be for, its usual one last."""
+    from models.library import is_library, usual_shape
+    from models.registry import MODELS, USER_SHAPES
+
+    if name in MODELS:
+        return [MODELS[name].input or (3, 32, 32)]
+    if not is_library(name):
+        return list(USER_SHAPES)
+    channels, height, width = usual_shape(name)
+    return [*((channels, n, n) for n in SIZES if n < height), (channels, height, width)]
 
 
 def _is_attention(layer: str) -> bool:
@@ -219,16 +235,14 @@ def _running(name: str) -> tuple[Any, Any]:
     """The network and two samples, on the smallest images that it runs on. Raises ValueError."""
     import torch
 
-    from models.library import is_library, usual_shape
     from orchestrator.preflight import SAMPLES, built
 
-    channels, *usual = usual_shape(name) if is_library(name) else (3, 32, 32)
     problem = ValueError("there is no image size to try")
-    for height, width in dict.fromkeys([*((n, n) for n in SIZES if n <= usual[0]), tuple(usual)]):
+    for shape in _shapes(name):
         try:
             torch.manual_seed(0)
-            model = built(name, CLASSES, (channels, height, width))
-            probe = torch.randn(SAMPLES, channels, height, width)
+            model = built(name, CLASSES, shape)
+            probe = torch.randn(SAMPLES, *shape)
             with torch.no_grad():
                 if model(probe).isfinite().all():
                     return model, probe

@@ -17,7 +17,18 @@ from pruners.pruners import choose
 from pruners.surgery import NothingFell, check_fell, prune
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small networks: several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def dense(name: str) -> tuple[nn.Module, torch.Tensor]:
