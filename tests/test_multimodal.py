@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,11 @@ from tests.conversations import SIDE, items_of, make_data, make_network, make_pr
 from workers import load_network
 from workers.augment import Draws, mixed
 from workers.checkpoints import Checkpoint
-from workers.conversations import item_of, letter_of
+from workers.conversations import Item, item_of, letter_of
 from workers.datasets import Data, DataMissing, Split, find_dataset
 from workers.dense import load_dense
 from workers.measures import measured
-from workers.multimodal import find_llava, llava_content, load_llava
+from workers.multimodal import find_llava, llava_content, load_llava, rendered
 from workers.pulse import Stopped
 from workers.serial import Serial, optimizer_of
 from workers.training import train
@@ -179,6 +181,20 @@ def test_layers_are_known_from_the_config(folder: Path, tmp_path: Path) -> None:
     assert set(hf_layer_units(str(tmp_path)).values()) == {11008}  # Llama's own default
 
 
+def test_what_a_plan_needs_imports_no_torch(folder: Path) -> None:
+    """Layers, sizes and contents of a network and its data come from their files alone."""
+    asked = (
+        "import sys; from models import layer_units, model_content; "
+        "from workers.datasets import dataset_content, find_dataset; net, data = sys.argv[1:]; "
+        "print(len(layer_units(net)), model_content(net), find_dataset(data).train_size, dataset_content(data)); "
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    names = (f"hf/{folder / 'net'}", f"llava:{folder / 'data'}")
+    done = subprocess.run([sys.executable, "-c", asked, *names], capture_output=True, text=True, check=True)
+    contents = hf_content(names[0]), llava_content(str(folder / "data"))
+    assert done.stdout.splitlines() == [f"2 {contents[0]} 12 {contents[1]}", "[]"]
+
+
 @pytest.mark.parametrize("kind", list(FEED_FORWARD))
 def test_every_kind_of_language_model_is_cut_exactly(kind: str, tmp_path: Path, data: tuple[Split, Split]) -> None:
     """For each of the table: the layers are there, and compact == masked."""
@@ -273,7 +289,7 @@ def test_tokens_are_those_of_the_processor(folder: Path, data: tuple[Split, Spli
 def test_a_chat_template_says_how_turns_are_written(folder: Path, tmp_path: Path) -> None:
     """Its text is what is tokenised; every answer is labelled, the last one's letter first."""
     shutil.copytree(folder / "data", tmp_path / "data")
-    template = (
+    template = (  # its role ends with a space that a prompt to go on does not have, as some models' do
         "{% for m in messages %}{{ 'USER:' if m['role'] == 'user' else 'ASSISTANT:' }} "
         "{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }} {% endfor %}"
         "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
@@ -295,6 +311,21 @@ def test_a_chat_template_says_how_turns_are_written(folder: Path, tmp_path: Path
     tokens, positions = train.images["input_ids"][0], train.images["positions"][0]
     labelled = train.labels[0] >= 0
     assert torch.equal(tokens[positions[labelled] + 1], train.labels[0][labelled])
+
+
+def test_an_answer_is_found_where_it_stands(folder: Path) -> None:
+    """Not in a word before it that has the same letter, and not in what ends it."""
+    from transformers import AutoProcessor
+
+    processor: Any = AutoProcessor.from_pretrained(str(folder / "data" / "processor"))
+    for answer in ("A", "s", "S", "USER: A"):
+        text, spans = rendered(Item("x", Path("x"), (("user", "A or s?"), ("assistant", answer))), processor)
+        assert [text[begin:end] for begin, end in spans] == [f"{answer}</s>"]
+    template = "{% for m in messages %}{{ loop.length }}{{ m['content'][-1]['text'] }}{% endfor %}"
+    processor.chat_template = template  # says at its beginning how many turns there are: none can be added
+    talk = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    with pytest.raises(ValueError, match="does not write turn after turn"):
+        rendered(Item("x", Path("x"), talk), processor)
 
 
 def test_given_weights_are_loaded_from_safetensors_alone(folder: Path, tmp_path: Path) -> None:

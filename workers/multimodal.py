@@ -25,6 +25,9 @@ IGNORED = -100
 NO_CHOICE = -1
 """A choice that is none, where an item has fewer than others."""
 
+MARK = "\ue000"
+"""A character for private use, which no text has."""
+
 _INSTALL = "install the extra: pip install 'prunesweep[mllm]'"
 
 
@@ -118,23 +121,27 @@ def rendered(item: Item, processor: Any) -> tuple[str, list[tuple[int, int]]]:
     By the processor's chat template; without one as LLaVA-1.5 has it: `USER: <image>\\n... ASSISTANT: ...</s>`.
     Raises ValueError where a template does not add turn to turn.
     """
-    spans: list[tuple[int, int]] = []
-    for turn in range(1, len(item.turns), 2):
-        before = _text(item.turns[:turn], processor)
-        until = _text(item.turns[: turn + 1], processor)
-        if not until.startswith(before):
-            raise ValueError("the chat template of the data set's processor says otherwise what was said before")
-        begin = until.index(item.turns[turn][1], len(before))
-        spans.append((begin, len(until.rstrip())))
     whole = _text(item.turns, processor)
-    return whole, spans
+    return whole, [_span(item.turns[:turn], whole, processor) for turn in range(2, len(item.turns) + 1, 2)]
+
+
+def _span(turns: Sequence[tuple[str, str]], whole: str, processor: Any) -> tuple[int, int]:
+    """Where the last of `turns`, an answer, is in `whole`, with what ends it.
+
+    Found by a mark in its place: an answer `A` stands in `ASSISTANT` too.
+    """
+    *before, (role, answer) = turns
+    head, _, tail = _text([*before, (role, MARK)], processor).partition(MARK)
+    said = f"{head}{answer}{tail}".rstrip()
+    if not whole.startswith(said):
+        raise ValueError("the chat template of the data set's processor does not write turn after turn as they are")
+    return len(head), len(said)
 
 
 def _text(turns: Sequence[tuple[str, str]], processor: Any) -> str:
-    """Turns as text, up to where an answer begins if a question is the last; every token of the image in it."""
-    asks = turns[-1][0] == "user"
+    """Turns as text, every token of the image in it."""
     if processor.chat_template:
-        said = processor.apply_chat_template(list(_messages(turns)), add_generation_prompt=asks, tokenize=False)
+        said = processor.apply_chat_template(list(_messages(turns)), tokenize=False)
     else:
         end = processor.tokenizer.eos_token or ""
         pieces = [f"USER: {text} ASSISTANT:" if role == "user" else f" {text}{end}" for role, text in turns]
