@@ -241,7 +241,7 @@ def _pruned(model: nn.Module, removed: dict[str, tuple[int, ...]], probe: torch.
         raise
     except Exception as error:  # of tracing, or of the network's own code once it is smaller
         raise ValueError(f"it cannot be pruned: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    if tuple(made.shape) != tuple(model(probe).shape):
+    if made.shape != _run(model, probe).shape:
         raise ValueError(f"pruned, its output is {list(made.shape)}")
     if found.error is not None and not found.error <= LIMIT:
         said = f"relative difference {found.error:.2g}, limit {LIMIT}"

@@ -94,7 +94,10 @@ def couplings(model: nn.Module, removed: Units, example: Any) -> dict[str, list[
     `example` is an input batch. Raises ValueError where the layer cannot lose them, with the reason.
     """
     heads = {name: found for name in removed if (found := _heads(model.get_submodule(name))) is not None}
-    graph = traced(model, example) if len(heads) < len(removed) else None
+    graph = None
+    if len(heads) < len(removed):
+        model = copy.deepcopy(model)  # some keep what they have computed, with its gradients
+        graph = traced(model, example)
     found = {}
     for layer, units in removed.items():
         if layer in heads:
