@@ -19,7 +19,7 @@ from storage.schema import PROVENANCE, SCHEMA
 from storage.store import Store
 from workers import load_network
 from workers.compiled import Compiled
-from workers.datasets import DATASETS, DataMissing, prepare
+from workers.datasets import DATASETS, DataMissing, Samples, Split, prepare
 from workers.dense import load_dense
 from workers.serial import Serial
 from workers.streams import generator, seeded, stream_seed
@@ -50,6 +50,12 @@ def attempt(worker: Worker, task: Task) -> Row:
     """The row of one task, which is not committed."""
     (row,) = worker.attempt([task])
     return row
+
+
+def whole(samples: Samples) -> Split:
+    """All samples as one minibatch."""
+    (split,) = samples.in_order(len(samples))
+    return split
 
 
 def measured(row: Row) -> dict[str, Any]:
@@ -223,7 +229,7 @@ def test_loss_subset_has_a_standard_error(worker: Worker) -> None:
 def test_measure_against_one_sample_at_a_time(worker: Worker) -> None:
     """Loss, standard error and accuracy equal those computed sample by sample."""
     model = worker.dense(DENSE).model
-    test = worker.data(DENSE).test
+    test = whole(worker.data(DENSE).test)
     (found,) = Serial(model, RETRAIN, worker.accelerator, "channels_last").measure(test)
     with torch.no_grad():
         logits = torch.cat([model(image[None]) for image in test.images])
@@ -235,13 +241,13 @@ def test_measure_against_one_sample_at_a_time(worker: Worker) -> None:
 
 def test_validation_is_held_out(tmp_path: Path) -> None:
     """A validation part is in neither the train set nor the test set, and picks its own best epoch."""
-    whole = prepare("synthetic", "none", 0.0, torch.device("cpu"))
+    full = prepare("synthetic", "none", 0.0, torch.device("cpu"))
     data = prepare("synthetic", "none", 0.25, torch.device("cpu"))
-    assert (len(whole.train), len(whole.validation)) == (512, 0)
+    assert (len(full.train), len(full.validation)) == (512, 0)
     assert (len(data.train), len(data.validation)) == (384, 128)
-    assert torch.equal(data.test.images, whole.test.images)
-    together = torch.cat([data.train.images, data.validation.images]).flatten(1).sum(1).sort().values
-    assert torch.equal(together, whole.train.images.flatten(1).sum(1).sort().values)
+    assert torch.equal(whole(data.test).images, whole(full.test).images)
+    together = torch.cat([whole(data.train).images, whole(data.validation).images]).flatten(1).sum(1).sort().values
+    assert torch.equal(together, whole(full.train).images.flatten(1).sum(1).sort().values)
     held = replace(DENSE, validation=0.25)
     worker = Worker(Store(str(tmp_path)), "none")
     list(worker.run_shard(Shard("dense", dense=held)))
@@ -359,6 +365,7 @@ def test_data_sets_are_what_the_plan_believes(name: str) -> None:
     """Sizes, shape and classes that a plan uses are those of the prepared tensors."""
     dataset, data = DATASETS[name], prepare(name, "none", 0.0, torch.device("cpu"))
     assert (len(data.train), len(data.test)) == (dataset.train_size, dataset.test_size)
-    assert tuple(data.train.images.shape[1:]) == dataset.shape
-    assert set(data.train.labels.tolist()) == set(range(dataset.classes))
-    assert data.train.images.dtype == torch.float32 and data.train.labels.dtype == torch.int64
+    train = whole(data.train)
+    assert tuple(train.images.shape[1:]) == dataset.shape
+    assert set(train.labels.tolist()) == set(range(dataset.classes))
+    assert train.images.dtype == torch.float32 and train.labels.dtype == torch.int64
