@@ -29,7 +29,6 @@ from storage.identity import (
     without_later,
 )
 
-
 MANY = 4
 """Layers that a cell's words name one by one; of more the first and the last."""
 

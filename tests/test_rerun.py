@@ -22,6 +22,7 @@ from storage.schema import PROVENANCE, table_to_rows
 from storage.store import Store
 from tests.conftest import TINY
 from tests.rows import DENSE, ORACLE, failed, tasks, tree
+from tests.samples import in_memory
 from tests.test_interrupt import in_process
 from workers import load_network
 from workers.backends import open_backend
@@ -88,7 +89,7 @@ def differing(out: str) -> set[str]:
 
 def accuracy(file: str) -> float:
     """The test accuracy of a network that was left in a file."""
-    network, test = load_network(file), prepare("synthetic", "data", 0.0, torch.device("cpu")).test
+    network, test = load_network(file), in_memory(prepare("synthetic", "data", 0.0, torch.device("cpu")).test)
     with torch.no_grad():
         return (network(test.images).argmax(1) == test.labels).double().mean().item()
 
