@@ -47,6 +47,11 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
         ):
             if problem := problem_of(pruner, scope, granularity, schedule, propagation):
                 raise UserError(f"{document.where(('grid', 'pruner'))}: grid.pruner: {problem}")
+            if retrain.lora_rank and (not model.startswith("hf/") or granularity == "weight" or retrain.ema):
+                where = document.where(("retrain",))
+                raise UserError(
+                    f"{where}: retrain.lora_rank: low-rank additions are for hf/ networks, granularity filter, no ema"
+                )
             kind = find_pruner(pruner)
             sampled = kind.enumerates and spec.candidates.mode == "sample"
             cell = Cell(

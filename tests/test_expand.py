@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from orchestrator import expand
 from orchestrator.documents import Document
+from orchestrator.errors import UserError
 from orchestrator.spec import load_spec
 from orchestrator.study import open_document
 from storage.records import Cell, Task
@@ -243,3 +244,9 @@ def test_digits_study() -> None:
 def cells(document: Document) -> list[Cell]:
     """Every cell of a document."""
     return list(expand.cells(load_spec(document), document))
+
+
+def test_low_rank_additions_are_for_language_models() -> None:
+    """Elsewhere they are refused before anything runs."""
+    with pytest.raises(UserError, match=r"retrain\.lora_rank: low-rank additions are for hf/ networks"):
+        cells(specs.document(retrain=specs.TRAINING | {"lora_rank": 4}))
