@@ -62,9 +62,10 @@ def find_row(store: Store, task_id: str) -> Row:
 def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
     """Run a row's task again in this process. Writes no row; `keep` (last, best or none) says which network to return.
 
-    Raises UserError where its dense weights are not those of the row, or this device lacks the precision.
+    Raises UserError where its dense weights are not those of the row, or this device lacks the precision,
+    or data or code are not what they were.
     """
-    from workers.datasets import DataMissing
+    from workers.datasets import Changed, DataMissing
     from workers.task import run_and_return
     from workers.worker import DenseMissing, PrecisionMissing, Worker
 
@@ -74,7 +75,7 @@ def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
         if worker.dense(task.cell.dense).sha256 != row.dense_sha256:
             raise UserError(f"task {row.task_id} was pruned from other dense weights than the store has now")
         ((now, network),) = run_and_return([task], worker, keep=keep, attempts=[1])
-    except (DenseMissing, PrecisionMissing, DataMissing) as error:
+    except (DenseMissing, PrecisionMissing, DataMissing, Changed) as error:
         why = str(error) or "its dense weights are gone"
         raise UserError(f"task {row.task_id} cannot be run here: {why}") from error
     (now,) = table_to_rows(rows_to_table([now]))  # curves are rounded to float32 on their way into a file

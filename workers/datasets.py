@@ -31,6 +31,10 @@ class DataMissing(ValueError):
     """A data set's files are not under the data root."""
 
 
+class Changed(ValueError):
+    """What a task was planned with by its content has another content here."""
+
+
 class Samples(Protocol):
     """Samples of a data set, wherever they are: in memory (Split), or read as they are needed."""
 
@@ -332,16 +336,13 @@ def prepare(
 ) -> Data:
     """Load a data set onto `device`, holding out a `validation` share of its train set.
 
-    Raises DataMissing where its files are not there: a worker never downloads; ValueError where it has not the
+    Raises DataMissing where its files are not there: a worker never downloads; Changed where it has not the
     `content` it was planned with.
     """
     import torch
 
-    if content is not None and (found := dataset_content(name, data_root)) != content:
-        raise ValueError(
-            f"the data set {name} is another one here than where the sweep was planned (content {found}, planned "
-            f"{content}): run the spec again for tasks on what is there now, or bring back what was"
-        )
+    if content is not None:
+        check_content(f"the data set {name}", content, dataset_content(name, data_root))
     dataset = find_dataset(name, data_root)
     if dataset.missing(data_root):
         raise DataMissing(missing_message(name, data_root))
@@ -351,6 +352,15 @@ def prepare(
     # With nothing held out the train set keeps the order of its files, and its memory.
     rest = train.at(order[held:].sort().values) if held else train
     return Data(rest.to(device), train.at(order[:held]).to(device), test.to(device), dataset.classes, dataset.damaged)
+
+
+def check_content(what: str, planned: str, found: str | None) -> None:
+    """Raise Changed where the content that is found here is not the one that an id stands for."""
+    if found != planned:
+        raise Changed(
+            f"{what} is another one here than where the sweep was planned (content {found}, planned {planned}): run "
+            "the spec again for tasks on what is there now, or bring back what was"
+        )
 
 
 def first(samples: Samples, n: int) -> Split:

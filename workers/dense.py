@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from models import build_model, load_weights
+from models.registry import model_content
+from usercode import is_code
 from workers.backends import open_backend
-from workers.datasets import find_dataset
+from workers.datasets import check_content, find_dataset
 from workers.rates import planned_epochs
 from workers.streams import seeded
 from workers.training import train
@@ -28,7 +32,10 @@ class Diverged(Exception):
 
 
 def initial_model(dense: Dense, data_root: str | None = None) -> nn.Module:
-    """The untrained network of a dense model, its weights drawn from the stream `init`."""
+    """The untrained network of a dense model, its weights drawn from the stream `init`. Raises Changed where a user's
+    code is not what the sweep was planned with."""
+    if is_code(dense.model):
+        _check_network(dense)
     with seeded(dense.dataset, dense.recipe.seed or 0, "init"):
         dataset = find_dataset(dense.dataset, data_root)
         return build_model(dense.model, dataset.classes, dataset.shape)
@@ -36,11 +43,25 @@ def initial_model(dense: Dense, data_root: str | None = None) -> nn.Module:
 
 def starting_model(dense: Dense, data_root: str | None = None) -> nn.Module:
     """What the training of a dense model starts from: its recipe's weights, or the untrained network. Raises
-    ValueError where the weights do not fit it."""
+    ValueError where the weights do not fit it, Changed where they or the network's files are others than planned."""
+    if not is_code(dense.model):
+        _check_network(dense)  # a folder of a large network is read whole: once, not by every worker
     model, weights = initial_model(dense, data_root), dense.recipe.weights
-    if weights is not None:
+    if weights is None:
+        return model
+    planned = dict(dense.content).get("weights")
+    if planned and Path(weights).is_file():  # where it is not, loading says so
+        with Path(weights).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        check_content(f"the file of weights {weights}", planned, found)
+    with seeded(dense.dataset, dense.recipe.seed or 0, "weights"):  # a library may draw a classifier of its own
         load_weights(model, dense.model, weights)
     return model
+
+
+def _check_network(dense: Dense) -> None:
+    if planned := dict(dense.content).get("model"):
+        check_content(f"the network {dense.model}", planned, model_content(dense.model))
 
 
 def train_dense(

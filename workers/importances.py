@@ -20,6 +20,7 @@ from pruners.criteria import (
     own_norms,
     score,
 )
+from workers.datasets import check_content
 from workers.streams import generator, seeded
 
 if TYPE_CHECKING:
@@ -83,10 +84,13 @@ def of_network(
 def by_user(network: nn.Module, cell: Cell, worker: Worker) -> dict[str, Importance]:
     """Layer -> importance by a user's criterion, `package.module:importance`.
 
-    It is called with (a copy of the network, the layer's name, images, labels), in eval mode.
+    It is called with (a copy of the network, the layer's name, images, labels), in eval mode. Raises Changed where its
+    code is not what the sweep was planned with.
     """
     import usercode
 
+    if planned := dict(cell.content).get("pruner"):
+        check_content(f"the criterion {cell.pruner}", planned, usercode.fingerprint(cell.pruner))
     importance = usercode.load(cell.pruner)
     calibration = calibration_of(cell, worker)
     (images, labels) = next(_batches(calibration, len(calibration)))
