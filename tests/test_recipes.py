@@ -139,6 +139,22 @@ def test_label_smoothing_trains_and_is_not_in_the_loss() -> None:
     assert losses[0] == pytest.approx(plain.item(), rel=1e-12)
 
 
+def test_mixed_labels_are_smoothed_in_training_alone() -> None:
+    """The gradient is that of timm's smoothed and mixed labels; what is reported is the loss on them unsmoothed."""
+    from timm.data.mixup import mixup_target
+
+    split, model = data(), network()
+    labels = {s: mixup_target(split.labels[:BATCH], 4, 0.3, s).double() for s in (0.0, 0.2)}
+    backend = Serial(network(), recipe(label_smoothing=0.2), Accelerator(cpu=True), "contiguous_format")
+    (loss,) = backend.step(Split(split.images[:BATCH], labels[0.0]), None, 0.1).tolist()
+    logits = model(split.images[:BATCH])
+    assert loss == pytest.approx(F.cross_entropy(logits, labels[0.0]).item(), rel=1e-6)
+    F.cross_entropy(logits, labels[0.2]).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    pairs = zip(backend.networks[0].parameters(), model.parameters(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in pairs)
+
+
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_accumulated_gradients_are_those_of_the_whole(parts: int) -> None:
     """In parts of any size, uneven ones too, a step is the step of the minibatch."""

@@ -56,7 +56,7 @@ def crop_and_flip(images: torch.Tensor, pad: tuple[float, ...], draw: torch.Gene
 
 def mixed(batch: Split, recipe: Recipe, classes: int, draws: Draws, number: int) -> Split:
     """A minibatch under the recipe's mixup or cutmix, timm's, one or the other half the time where both are given;
-    its labels become soft, [N, classes], label smoothing included. `batch` is not used again.
+    its labels become soft, [N, classes], without label smoothing. `batch` is not used again.
 
     timm mixes pairs: of an odd number the last sample stays as it is. Raises ValueError for images with text.
     """
@@ -64,10 +64,10 @@ def mixed(batch: Split, recipe: Recipe, classes: int, draws: Draws, number: int)
         raise ValueError("mixup and cutmix are for images with classes, not for images with text: leave them out")
     from timm.data.mixup import Mixup, mixup_target
 
-    smoothing, even = recipe.label_smoothing, len(batch) // 2 * 2
-    images, labels = batch.images, mixup_target(batch.labels, classes, smoothing=smoothing)
+    even = len(batch) // 2 * 2
+    images, labels = batch.images, mixup_target(batch.labels, classes)
     if even:
-        mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=classes)
+        mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
         with seeded(draws.dataset, draws.seed, f"mixup/{draws.stream}/minibatch/{number}"):
             images[:even], labels[:even] = mix(images[:even], batch.labels[:even])
     return replace(batch, images=images, labels=labels)

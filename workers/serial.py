@@ -83,8 +83,7 @@ class Serial:
         """Add the gradient of a minibatch's mean loss, part by part where that is asked for; the loss, without
         label smoothing."""
         losses: list[torch.Tensor] = []
-        soft = batch.labels.is_floating_point()  # then what smoothing there is is in them
-        smoothing = 0.0 if soft else self._recipe.label_smoothing
+        smoothing = self._recipe.label_smoothing
         for whole, part_share in parts_of(batch, self._recipe.accumulate):
             piece, share = self._own_part(whole, part_share)
             with self._accelerator.autocast():
