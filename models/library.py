@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torchvision", "timm")
 
+_DENSENETS_OLD = re.compile(
+    r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$"
+)
+"""What torchvision's files of DenseNets call tensors that its networks call otherwise; its loader knows, too."""
+
 Shape = tuple[int, int, int]
 
 
@@ -162,6 +167,9 @@ def load(model: nn.Module, name: str, weights: str) -> None:
     from models.weights import put
 
     found = parsed(name)
+    if getattr(model, "transform_input", None) is False:
+        added = f"{name}{'&' if '?' in name else '?'}transform_input=True"
+        raise ValueError(f"torchvision's weights of {found.network} are for inputs that it transforms: name it {added}")
     with _explained(found, weights):
         state = _timm_state(found, model, weights) if found.library == "timm" else _torchvision_state(found, weights)
     own = model.state_dict()
@@ -187,7 +195,8 @@ def _torchvision_state(found: Named, weights: str) -> Mapping[str, torch.Tensor]
         there = ", ".join(kinds.__members__)
         raise ValueError(f"{found.network} has no weights {weights!r}; torchvision has {there} (or: library, a file)")
     kind = kinds.DEFAULT if weights == "library" else kinds[weights]
-    return kind.get_state_dict(progress=False, check_hash=True)
+    state = kind.get_state_dict(progress=False, check_hash=True)
+    return {_DENSENETS_OLD.sub(r"\1\2", tensor): value for tensor, value in state.items()}
 
 
 def _timm_state(found: Named, model: nn.Module, weights: str) -> Mapping[str, torch.Tensor]:

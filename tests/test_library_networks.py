@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -175,6 +176,32 @@ def test_weights_of_the_library_are_loaded(tmp_path: Path, monkeypatch: pytest.M
         assert torch.equal(model.get_parameter("classifier.3.weight"), expected)
     with pytest.raises(ValueError, match=r"has no weights 'IMAGENET1K_V9'; torchvision has IMAGENET1K_V1"):
         load_weights(build_model(name, 10, SHAPE), name, "IMAGENET1K_V9")
+
+
+def test_weights_of_densenets_have_older_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's files call `norm1` `norm.1`: they are loaded as its own loader does."""
+    from torchvision.models import DenseNet121_Weights
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub/checkpoints"
+    folder.mkdir(parents=True)
+    name = "torchvision/densenet121"
+    model = build_model(name, 1000, SHAPE)
+    given = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
+    older = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12]\.)", r"\1.\2", n): t for n, t in given.items()}
+    older = {n: t for n, t in older.items() if not n.endswith("num_batches_tracked")}
+    # torchvision checks a file it downloads, not one that is there.
+    torch.save(older, folder / DenseNet121_Weights.DEFAULT.url.rpartition("/")[2])
+    load_weights(model, name, "library")
+    layer = model.get_submodule("features.denseblock1.denselayer1")
+    assert not layer.get_parameter("norm1.weight").any() and not layer.get_parameter("conv2.weight").any()
+
+
+def test_weights_for_transformed_inputs_are_not_given_others() -> None:
+    """torchvision's GoogLeNet and Inception transform their inputs where they have its weights."""
+    name = "torchvision/googlenet"
+    with pytest.raises(ValueError, match=r"name it torchvision/googlenet\?transform_input=True"):
+        load_weights(build_model(name, 10, SHAPE), name, "library")
 
 
 @pytest.mark.parametrize(
