@@ -206,6 +206,8 @@ def plan(
     try:
         check_data(checked.grid.dataset, absolute(data_root))
     except UserError as error:
+        if preflight:  # it needs the shape of the samples
+            raise
         click.echo(f"warning: {error}", err=True)  # the cluster that runs it may have them
     if preflight:
         check_models(cells(checked, document, absolute(data_root)), absolute(data_root))

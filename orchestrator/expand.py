@@ -9,12 +9,13 @@ from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 
+from models.library import is_library
 from models.registry import input_shape, layer_units, model_content, weight_layers
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
 from orchestrator.spec import DenseTraining, Retraining, SweepSpec
 from pruners.candidates import MAX_ALL, Space, n_removed
-from pruners.pruners import find_pruner, problem_of, pruner_content
+from pruners.pruners import find_pruner, n_removed_together, problem_of, pruner_content
 from storage.identity import CELL_DEFAULTS, SCHEMA_VERSION
 from storage.records import Cell, Dense, Recipe, Task
 from workers.datasets import DataMissing, dataset_content, find_dataset
@@ -38,7 +39,7 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
     for model, dataset, dense_training in product(grid.model, grid.dataset, spec.dense):
         _check_input(model, dataset, data_root, document)
         content = _content(model=model_content(model), dataset=_data_content(dataset, data_root))
-        recipe, weights = _recipe_and_weights(dense_training, document)
+        recipe, weights = _recipe_and_weights(model, dense_training, document)
         dense = Dense(model, dataset, recipe, spec.validation, (*content, *weights))
         points = [(kind, layers) for kind in grid.granularity for layers in _layer_points(spec, model, kind, document)]
         axes = (grid.pruner, grid.pruner_seed, grid.scope, grid.schedule, grid.propagation, grid.precision)
@@ -79,15 +80,26 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
 Content = tuple[tuple[str, str], ...]
 
 
-def _recipe_and_weights(training: DenseTraining, document: Document) -> tuple[Recipe, Content]:
+def _recipe_and_weights(model: str, training: DenseTraining, document: Document) -> tuple[Recipe, Content]:
     """A dense recipe, its file of weights by absolute path; and that file's content."""
     recipe, path = training.recipe(), weights_file(training.weights)
     if path is None:
+        if training.weights and "://" not in training.weights and not _may_have(model, training.weights):
+            where = document.where(("dense",))
+            raise UserError(
+                f"{where}: dense.weights: {model} has no weights {training.weights!r}; give a file "
+                f"({', '.join(WEIGHT_FILES)}), or leave it out"
+            )
         return recipe, ()
     if not path.is_file():
         where = document.where(("dense",))
         raise UserError(f"{where}: dense.weights: there is no file {path} (a name of the library's has no suffix)")
     return replace(recipe, weights=str(path.absolute())), _content(weights=_sha256(path))
+
+
+def _may_have(model: str, weights: str) -> bool:
+    """Whether a network may have weights of this name; torchvision's and timm's are known once they are imported."""
+    return "/" not in weights and (is_library(model) or (model.startswith("hf/") and weights == "library"))
 
 
 def weights_file(weights: str | None) -> Path | None:
@@ -232,6 +244,8 @@ def _removing_some(model: str, units: Mapping[str, int], layers: Layers, fail: C
 
 
 def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
+    if cell.scope == "global":
+        _check_together(cell, document)
     if not find_pruner(cell.pruner).enumerates:
         return
     if cell.granularity == "weight":
@@ -252,6 +266,18 @@ def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
     if cell.candidate_mode == "sample" and count is not None and count > size:
         where = document.where(("candidates", "count"))
         raise UserError(f"{where}: candidates.count: {count} samples, but {cell} has {size} candidates")
+
+
+def _check_together(cell: Cell, document: Document) -> None:
+    """Each layer is to keep something, wherever the others lose it."""
+    known = weight_layers(cell.dense.model) if cell.granularity == "weight" else layer_units(cell.dense.model)
+    units, ratios = [known[name] for name, _ in cell.layers], [ratio for _, ratio in cell.layers]
+    if (removed := n_removed_together(units, ratios)) > sum(units) - len(units):
+        where = document.where(("grid", "scope"))
+        raise UserError(
+            f"{where}: grid.scope: of the {sum(units)} units of {cell} together {removed} are removed, which leaves "
+            f"none in one of {len(units)} layers: use a lower ratio"
+        )
 
 
 def keeps(retrain: list[Retraining]) -> dict[str, str]:

@@ -39,8 +39,9 @@ OF_WEIGHTS = ("oracle", "l1", "random")
 
 
 def check_pruner(name: str) -> None:
-    """Raise ValueError for a name that is no pruner, with those there are."""
+    """Raise ValueError for a name that is no pruner, with those there are, or of code that is not there."""
     find_pruner(name)
+    pruner_content(name)
 
 
 def find_pruner(name: str) -> Pruner:

@@ -87,6 +87,15 @@ IN_AN_EMPTY_FOLDER = [
     ("run lenet5-mini-conv1 --data-root nowhere", 2, "prunesweep prefetch mnist --data-root"),
     ("submit digits", 2, "--address http://HOST:8265"),
     ("logs digits", 2, "--address http://HOST:8265"),
+    ("plan digits --set grid.pruner=nosuch:importance", 2, "there is no Python module nosuch"),
+    ("plan digits --set dense.weights=library", 2, "dense.weights: lenet5_mini has no weights 'library'; give a file"),
+    ("plan digits --set grid.dataset=imagefolder:nosuch --preflight", 2, "no folder"),
+    (
+        "plan digits --set grid.pruner=l1 --set grid.scope=global --set grid.layers=[[conv1,conv2]] "
+        "--set grid.ratio=0.95",
+        2,
+        "together 19 are removed, which leaves none in one of 2 layers",
+    ),
     ("prefetch", 2, "Missing argument"),
     ("prefetch mnst", 2, "unknown name 'mnst'; allowed: digits, mnist, fmnist, kmnist, synthetic, "),
     ("prefetch digits cifar11", 2, "unknown name 'cifar11'"),
