@@ -150,6 +150,12 @@ def test_only_small_ones_of_one_size(tmp_path: Path, sizes: Callable[[int], tupl
     assert found(folder(tmp_path / "data", sizes)).shape == (3, CROP, CROP)
 
 
+def test_images_of_a_few_pixels_are_whole(tmp_path: Path) -> None:
+    """A side below eight pixels, of which a draft has an eighth, is no damage."""
+    dataset = found(folder(tmp_path / "tiny", lambda _: (6, 40)))
+    assert dataset.damaged == () and dataset.shape == (3, 40, 6)
+
+
 def test_content_is_what_files_hold_not_where_they_lie(tmp_path: Path) -> None:
     """Another place, another time: the same. One edited, one more, another name: another."""
     root = small(tmp_path / "a")
