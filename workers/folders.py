@@ -277,7 +277,8 @@ def _inspect(path: Path) -> tuple[str, int | None, int | None, str | None]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
-            image.draft("RGB", (max(1, width // 8), max(1, height // 8)))  # of a JPEG all bytes are read, few pixels made
+            # Of a JPEG all bytes are read, few pixels made.
+            image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
             image.load()
     except MemoryError:
         raise
