@@ -39,7 +39,7 @@ _FAMILIES = """
 FAMILIES = tuple(_FAMILIES.split())
 """A small classifier of each of timm's families (a source file of it is one)."""
 
-PASSES, PARTLY, FAILS, NOT_TRIED = "passes", "partly", "fails", "not tried"
+PASSES, PARTLY, FAILS, UNFINISHED, NOT_TRIED = "passes", "partly", "fails", "unfinished", "not tried"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def page(found: Sequence[Finding]) -> str:
 
     from tabulate import tabulate
 
-    counts = {result: sum(one.result == result for one in found) for result in (PASSES, PARTLY, FAILS, NOT_TRIED)}
+    counts = {
+        result: sum(one.result == result for one in found) for result in (PASSES, PARTLY, FAILS, UNFINISHED, NOT_TRIED)
+    }
     said = ", ".join(f"{n} {result}" for result, n in counts.items())
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm", "torch-pruning"))
     rows = [[_cell(value) for value in columns(one).values()] for one in found]
@@ -105,6 +107,7 @@ a fraction of {ratio} of the units is removed, all layers at once: output channe
 blocks. It *passes* where parameters and multiply-adds fall, the pruned network runs, and it computes what the network
 with these units silenced does (float64, relative difference at most 1e-9). Where that fails each layer is tried alone:
 *partly* are those of which some layers can be pruned, and the remark says how many, and the first that cannot and why.
+*unfinished* are those that were still being traced or tried, on one busy processor, when their time was up.
 Whether a network's own layers can be pruned together in another choice, `prunesweep plan SPEC --preflight` tells.
 
 {counts} ({libraries}).
@@ -127,7 +130,7 @@ def _tried_apart(context: Any, name: str, seconds: float) -> Finding:
     theirs.close()
     try:
         if not ours.poll(seconds):
-            return Finding(name, result=FAILS, remark=f"not through within {seconds:.0f} s")
+            return Finding(name, result=UNFINISHED, remark=f"not through within {seconds:.0f} s")
         return Finding(**json.loads(ours.recv_bytes()))
     except EOFError:
         child.join()

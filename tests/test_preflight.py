@@ -173,7 +173,7 @@ def test_the_table_is_what_the_command_writes() -> None:
     tried = {row[0]: row for row in rows}
     assert set(names_of(["all"])) == set(tried)
     assert all(float(row[1]) > 100 for row in rows if row[4] == "not tried")
-    families = [row for row in rows if row[0].startswith("timm/") and row[4] != "not tried"]
+    families = [row for row in rows if row[0].startswith("timm/") and row[4] in ("passes", "partly")]
     assert len(families) >= 40
 
 
