@@ -53,6 +53,9 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
                 raise UserError(
                     f"{where}: retrain.lora_rank: low-rank additions are for hf/ networks, granularity filter, no ema"
                 )
+            if dataset.startswith("llava:") and any(one.mixup or one.cutmix for one in (dense_training, retrain)):
+                where = document.where(("grid", "dataset"))
+                raise UserError(f"{where}: mixup and cutmix are for images with classes, not for {dataset}")
             kind = find_pruner(pruner)
             sampled = kind.enumerates and spec.candidates.mode == "sample"
             cell = Cell(

@@ -21,7 +21,7 @@ from models.registry import MODELS, layer_units, load_weights, model_content
 from models.weights import is_file
 from orchestrator.errors import UserError
 from pruners.candidates import n_removed
-from usercode import is_code
+from usercode import is_code, load
 from workers.datasets import find_dataset
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def preflight(cells: Iterable[Cell], data_root: str | None) -> list[str]:
     cells = list(cells)
     pairs = dict.fromkeys((cell.dense.model, cell.dense.dataset) for cell in cells)
     problems = [found for model, dataset in pairs if (found := misfit(model, dataset, data_root))]
+    problems += [found for pruner in dict.fromkeys(cell.pruner for cell in cells) if (found := _not_callable(pruner))]
     if problems:
         return problems
     for subject in _subjects(cells, data_root):
@@ -102,6 +103,17 @@ def misfit(model: str, dataset: str, data_root: str | None) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _not_callable(pruner: str) -> str | None:
+    """Why a user's criterion cannot be called; None where it can, and of any other pruner."""
+    if not is_code(pruner):
+        return None
+    try:
+        found = load(pruner)
+    except ValueError as error:
+        return str(error)
+    return None if callable(found) else f"{pruner} is no function: it is called with (network, layer, images, labels)"
 
 
 def _subjects(cells: Iterable[Cell], data_root: str | None) -> list[Subject]:

@@ -250,3 +250,11 @@ def test_low_rank_additions_are_for_language_models() -> None:
     """Elsewhere they are refused before anything runs."""
     with pytest.raises(UserError, match=r"retrain\.lora_rank: low-rank additions are for hf/ networks"):
         cells(specs.document(retrain=specs.TRAINING | {"lora_rank": 4}))
+
+
+def test_text_is_not_mixed() -> None:
+    """mixup and cutmix of images with text are refused before anything runs."""
+    grid = {"model": "hf/llava-hf/llava-1.5-7b-hf", "dataset": "llava:nosuch", "layers": "*", "ratio": 0.5}
+    document = specs.document(grid=grid | {"pruner": "l1", "seed": 0}, retrain=specs.TRAINING | {"mixup": 0.2})
+    with pytest.raises(UserError, match="mixup and cutmix are for images with classes, not for llava:nosuch"):
+        cells(document)

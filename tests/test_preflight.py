@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,15 @@ def test_built_in_networks_are_not_tried_but_their_weights_are(tmp_path: Path, n
     wrong = cell("lenet5_mini", {"conv1": 0.5}, weights=str(tmp_path / "other.safetensors"))
     (problem,) = preflight([wrong], None)
     assert problem.startswith("lenet5_mini: ") and "other.safetensors does not fit the network" in problem
+
+
+def test_a_criterion_that_cannot_be_called_is_refused(nets: str) -> None:
+    """Of a user's own criterion the module is imported, and the function looked for."""
+    one = cell("lenet5_mini", {"conv1": 0.5})
+    for name, said in ((f"{nets}:nosuch", "has no nosuch; it has"), (f"{nets}:torch", "is no function")):
+        (problem,) = preflight([replace(one, pruner=name)], None)
+        assert said in problem
+    assert preflight([replace(one, pruner=f"{nets}:good")], None) == []
 
 
 def test_masks_need_weights(nets: str) -> None:
