@@ -351,7 +351,8 @@ def filed_under(shard_id: str) -> str:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the arithmetic is done. Two rows of one task with equal execution are equal."""
+    """How the arithmetic is done. Two rows of one task with equal execution are equal, unless it is not
+    `deterministic`: the device has some operation only with sums in no fixed order."""
 
     backend: str
     fleet: int
@@ -360,11 +361,12 @@ class Execution:
     device_model: str
     versions: tuple[tuple[str, str], ...]
     processes: int = 1
+    deterministic: bool = True
 
     @cached_property
     def json(self) -> str:
         plain = asdict(self) | {"versions": dict(self.versions)}
-        return canonical_json(without_defaults(plain, {"processes": 1}))
+        return canonical_json(without_defaults(plain, {"processes": 1, "deterministic": True}))
 
     @staticmethod
     def from_json(text: str) -> Execution:

@@ -369,3 +369,20 @@ def test_data_sets_are_what_the_plan_believes(name: str) -> None:
     assert tuple(train.images.shape[1:]) == dataset.shape
     assert set(train.labels.tolist()) == set(range(dataset.classes))
     assert train.images.dtype == torch.float32 and train.labels.dtype == torch.int64
+
+
+def test_a_kernel_that_does_not_repeat_is_recorded(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation that a device has without a fixed order only: the task runs, and its execution says so."""
+    forward = torch.nn.Conv2d.forward
+
+    def unordered(self: torch.nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+        return forward(self, images)
+
+    fixed = replace(worker.execution(CELL), backend="serial", memory_format="channels_last")
+    first = Worker(worker.store, "none", fixed=fixed)
+    assert '"deterministic"' not in str(attempt(first, TASK).execution)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", unordered)
+    row = attempt(Worker(worker.store, "none", fixed=fixed), TASK)
+    assert row.status == "done" and '"deterministic":false' in str(row.execution)

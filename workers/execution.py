@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -100,37 +101,67 @@ def arithmetic_versions() -> tuple[tuple[str, str], ...]:
     return tuple(pair for pair in library_versions() if pair[0] in _ARITHMETIC)
 
 
+@dataclass
+class Kernels:
+    """What is seen of the kernels that a computation uses: whether each of them repeats its bits."""
+
+    deterministic: bool = True
+
+
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
+"""Torch's words for an operation that a device has only without a fixed order of its sums."""
+
+
 @contextmanager
-def arithmetic(execution: Execution) -> Iterator[None]:
+def arithmetic(execution: Execution) -> Iterator[Kernels]:
     """Threads and deterministic kernels as `execution` says, full float32 products and no TF32, whatever
-    was set before; that is restored."""
+    was set before; that is restored. An operation without a deterministic kernel is run all the same, and seen."""
     import torch
 
     default = torch.get_default_dtype()
     cudnn: Any = torch.backends.cudnn
     threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, tf32 = cudnn.benchmark, cudnn.allow_tf32
     # cuBLAS is deterministic only with a fixed workspace, set before its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(execution.threads)
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("highest")
-    _use_deterministic_algorithms(True)
+    _use_deterministic_algorithms(True, warn_only=True)
     cudnn.benchmark, cudnn.allow_tf32 = False, False
     try:
-        yield
+        with _watched() as kernels:
+            yield kernels
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(default)
         torch.set_float32_matmul_precision(products)
-        _use_deterministic_algorithms(deterministic)
+        _use_deterministic_algorithms(*deterministic)
         cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32
 
 
-def _use_deterministic_algorithms(mode: bool) -> None:
+@contextmanager
+def _watched() -> Iterator[Kernels]:
+    """Note what torch warns of; other warnings go on as ever."""
+    kernels = Kernels()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *where: Any, **more: Any) -> None:
+            if NOT_DETERMINISTIC in str(message):
+                kernels.deterministic = False
+            else:
+                show(message, *where, **more)
+
+        warnings.filterwarnings("always", message=f".*{NOT_DETERMINISTIC}")
+        warnings.showwarning = note
+        yield kernels
+
+
+def _use_deterministic_algorithms(mode: bool, warn_only: bool) -> None:
     """torch.use_deterministic_algorithms without a setting of its compiler, which we do not use: importing
     that takes every worker some seconds."""
     import torch
 
-    torch._C._set_deterministic_algorithms(mode, warn_only=False)  # pyright: ignore[reportAttributeAccessIssue]
+    torch._C._set_deterministic_algorithms(mode, warn_only=warn_only)  # pyright: ignore[reportAttributeAccessIssue]

@@ -102,8 +102,9 @@ def run_and_return(
     execution = worker.execution(cell)
     slots = [task.candidate % execution.fleet for task in tasks]
     run = Run(tasks, slots, dense, worker, keep, _checkpoint(tasks, dense, worker, keep))
-    with arithmetic(execution):
+    with arithmetic(execution) as kernels:
         made = run_steps(run)
+    execution = replace(execution, deterministic=kernels.deterministic)
     rows = []
     for task, attempt, (columns, network) in zip(tasks, attempts, made, strict=True):
         where = provenance(attempt) | {
