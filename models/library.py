@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -208,7 +208,44 @@ def _timm_state(found: Named, model: nn.Module, weights: str) -> Mapping[str, to
     channels, height, width = getattr(model, "built_for", usual_shape(f"timm/{found.network}"))
     named = Named("timm", network, found.arguments)
     classes: Any = model.num_classes
-    return _build_timm(named, classes, (channels, height, width), pretrained=True).state_dict()
+    made: Any = _build_timm(named, classes, (channels, height, width), pretrained=True)
+    return _for_our_normalisation(made, found.network)
+
+
+def _for_our_normalisation(model: Any, network: str) -> Mapping[str, torch.Tensor]:
+    """The state of a network made for images of another mean and standard deviation than ImageNet's, which ours have:
+    the difference goes into its first convolution. Raises ValueError where that pads, so that it cannot."""
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    config, state = model.pretrained_cfg, dict(model.state_dict())
+    theirs, ours = (config["mean"], config["std"]), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    if theirs == ours:
+        return state
+    name = config["first_conv"]
+    first: Any = model.get_submodule(name) if isinstance(name, str) else None
+    if first is None or first.bias is None or any(first.padding) or first.in_channels != len(ours[0]):
+        raise ValueError(
+            f"timm's weights of {network} are for images of mean {theirs[0]} and standard deviation {theirs[1]}, "
+            "and ours have ImageNet's: take other weights of it, or none"
+        )
+    weight, bias = renormalised(first.weight.detach(), first.bias.detach(), theirs, ours)
+    return state | {f"{name}.weight": weight, f"{name}.bias": bias}
+
+
+Statistics = tuple[Sequence[float], Sequence[float]]
+
+
+def renormalised(
+    weight: torch.Tensor, bias: torch.Tensor, theirs: Statistics, ours: Statistics
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A convolution without padding that gives on images normalised by `ours` (mean and standard deviation per
+    channel) what `weight` [F, C, ...] and `bias` [F] give on those normalised by `theirs`."""
+    import torch
+
+    (mean, std), (mean_here, std_here) = ([torch.tensor(v, dtype=weight.dtype) for v in s] for s in (theirs, ours))
+    shape = (1, -1, *[1] * (weight.ndim - 2))
+    shifted = (weight * ((mean_here - mean) / std).reshape(shape)).flatten(1).sum(1)
+    return weight * (std_here / std).reshape(shape), bias + shifted
 
 
 def _timm_tags(network: str) -> list[str]:

@@ -75,6 +75,12 @@ def parsed(reference: str) -> Reference:
     return Reference(path, None, arguments.get("revision"))
 
 
+def absolute(reference: str) -> str:
+    """`hf/` with a folder's absolute path, so that workers elsewhere find it; a hub id as it is. Raises ValueError."""
+    folder = parsed(reference).folder
+    return f"hf/{folder}" if folder else reference
+
+
 def check_hf(reference: str) -> None:
     """Raise ValueError for a reference that cannot be used; of a hub id only the form is looked at."""
     found = parsed(reference)

@@ -248,6 +248,15 @@ def _build_and(name: str, look: Callable[[nn.Module, torch.Tensor], dict[str, in
     raise ValueError(f"the layers of {name} cannot be found; {'; '.join(problems)}")
 
 
+def absolute_model(name: str) -> str:
+    """A network's name as it means the same in every working directory. Raises ValueError."""
+    if not name.startswith("hf/"):
+        return name
+    from models.multimodal import absolute
+
+    return absolute(name)
+
+
 def input_shape(name: str) -> tuple[int, int, int] | None:
     """(channels, height, width) of the input; None where the data set decides. Raises ValueError."""
     if name not in MODELS:

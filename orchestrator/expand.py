@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from models.library import is_library
-from models.registry import input_shape, layer_units, model_content, weight_layers
+from models.registry import absolute_model, input_shape, layer_units, model_content, weight_layers
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
 from orchestrator.spec import DenseTraining, Retraining, SweepSpec
@@ -36,7 +36,8 @@ def cells(spec: SweepSpec, document: Document, data_root: str | None = None) -> 
 
 def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterator[Cell]:
     grid = spec.grid
-    for model, dataset, dense_training in product(grid.model, grid.dataset, spec.dense):
+    for name, dataset, dense_training in product(grid.model, grid.dataset, spec.dense):
+        model = absolute_model(name)
         _check_input(model, dataset, data_root, document)
         content = _content(model=model_content(model), dataset=_data_content(dataset, data_root))
         recipe, weights = _recipe_and_weights(model, dense_training, document)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import nn
 import usercode
 from models import build_model, check_model, layer_units, load_weights, model_content, registry
 from models.attention import SeparateAttention, separated
-from models.library import known_names
+from models.library import known_names, renormalised
 from orchestrator.preflight import stirred
 from pruners.candidates import n_removed
 from pruners.equivalence import LIMIT, equivalence
@@ -378,3 +379,42 @@ def test_a_users_mistakes_are_told(own: Path) -> None:
         usercode.load(f"{own.name}.nets:build")
     assert not usercode.is_code("imagefolder:data") and not usercode.is_code("llava:x.json")
     assert usercode.is_code("net:build") and not usercode.is_code("resnet20")
+
+
+def test_another_normalisation_goes_into_the_first_convolution() -> None:
+    """On our images it gives what the given weights give on images normalised as they want them."""
+    draw = torch.Generator().manual_seed(0)
+    raw = torch.rand(2, 3, 8, 8, generator=draw, dtype=torch.float64)
+    weight = torch.randn(5, 3, 4, 4, generator=draw, dtype=torch.float64)
+    bias = torch.randn(5, generator=draw, dtype=torch.float64)
+    theirs, ours = ((0.5, 0.4, 0.3), (0.5, 0.6, 0.7)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def normalised(statistics: Any) -> torch.Tensor:
+        mean, std = (torch.tensor(values, dtype=torch.float64).reshape(1, 3, 1, 1) for values in statistics)
+        return (raw - mean) / std
+
+    expected = torch.nn.functional.conv2d(normalised(theirs), weight, bias, stride=4)
+    found = torch.nn.functional.conv2d(normalised(ours), *renormalised(weight, bias, theirs, ours), stride=4)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_for_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ViT's weights for mean 0.5 are changed at one place; those of a network whose first convolution pads are
+    refused."""
+    from models import library
+
+    name = "timm/vit_tiny_patch16_224?patch_size=8&embed_dim=48&depth=1&num_heads=3"
+    model = build_model(name, 10, (3, 32, 32))
+    given = {n: t.clone() for n, t in build_model(name, 10, (3, 32, 32)).state_dict().items()}
+    made: Any = build_model(name, 10, (3, 32, 32))
+    other: Any = build_model("timm/resnet18", 10, (3, 32, 32))
+    held = [other, made]
+    monkeypatch.setattr(library, "_build_timm", lambda *_, **__: held.pop())
+    made.load_state_dict(given)
+    assert made.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    load_weights(model, name, "library")
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, given[n])}
+    assert changed == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+    other.pretrained_cfg["mean"] = (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match=r"are for images of mean \(0.5, 0.5, 0.5\)"):
+        load_weights(copy.deepcopy(other), "timm/resnet18", "library")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from workers.checkpoints import Checkpoint
 from workers.conversations import Item, item_of, letter_of
 from workers.datasets import Data, DataMissing, Split, find_dataset
 from workers.dense import load_dense
+from workers.importances import of_dense
 from workers.measures import measured
 from workers.multimodal import find_llava, llava_content, load_llava, rendered
 from workers.pulse import Stopped
@@ -128,7 +130,8 @@ def test_a_sweep_of_a_vision_language_network(swept: tuple[Store, dict[str, Row]
         assert row.removed is not None and [len(r.units) for r in row.removed] == [24, 24]
         assert row.diverged is False and row.epoch_train_loss is not None and len(row.epoch_train_loss) == 1
         assert row.pruned_train_loss_n == 12
-        assert all(value is not None for value in (row.score_l1, row.score_taylor, row.best_test_accuracy))
+        assert all(value is not None for value in (row.score_l1, row.score_fpgm, row.best_test_accuracy))
+        assert row.score_taylor is None  # gradients of all parameters are for whoever prunes by them
     assert rows["full"].pruned_test_loss == rows["lora"].pruned_test_loss
     assert rows["full"].last_test_loss != rows["lora"].last_test_loss
     file = store.dense(rows["full"].dense_id)
@@ -641,3 +644,10 @@ def test_no_moving_average_of_low_rank_additions(network: torch.nn.Module) -> No
     with pytest.raises(ValueError, match="leave one of them out"):
         Serial(network, recipe, Accelerator(cpu=True), "contiguous_format")
     assert math.isclose(recipe.lr_at(0), 0.01)
+
+
+def test_scores_that_need_gradients(swept: tuple[Store, dict[str, Row]], folder: Path) -> None:
+    """A study that prunes by such a criterion has the scores of all."""
+    cell = replace(swept[1]["full"].task().cell, pruner="taylor", calibration=2)
+    found = of_dense(cell, Worker(swept[0], str(folder)))
+    assert all(one.units is not None for name in ("taylor", "hessian") for one in found[name].values())

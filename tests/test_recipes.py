@@ -241,4 +241,4 @@ def test_a_sweep_of_rich_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         .fetchall()
     )
     assert [row[:2] for row in rows] == [(2, "adam")] * 2 + [(3, "adamw")] * 2
-    assert all(row[2] > 0.3 and row[3] == '"serial"' for row in rows)
+    assert all(0 < row[2] <= 1 and row[3] == '"serial"' for row in rows)

@@ -39,10 +39,13 @@ def of_dense(cell: Cell, worker: Worker) -> Importances:
     """By every criterion, and by the cell's own pruner where that is a user's: of the dense model of a cell, for
     its layers."""
     layers = tuple(name for name, _ in cell.layers)
-    key = ("importances", cell.dense.dense_id, layers, cell.calibration)
+    light = _is_large(cell) and not _needs_data(cell.pruner)
+    key = ("importances", cell.dense.dense_id, layers, cell.calibration, light)
 
     def make() -> Importances:
         dense = worker.dense(cell.dense).model
+        if light:
+            return of_network(dense, cell, worker, of_weights=True)
         gradients = worker._once(
             ("gradients", cell.dense.dense_id, cell.calibration), lambda: _gradients(dense, cell, worker)
         )
@@ -56,11 +59,18 @@ def of_dense(cell: Cell, worker: Worker) -> Importances:
 
 
 def of_network(
-    network: nn.Module, cell: Cell, worker: Worker, *, gradients: Gradients | None = None, only: str | None = None
+    network: nn.Module,
+    cell: Cell,
+    worker: Worker,
+    *,
+    gradients: Gradients | None = None,
+    only: str | None = None,
+    of_weights: bool = False,
 ) -> Importances:
-    """By every criterion, or `only` one: of a network of the cell's model, pruned maybe, for the cell's layers."""
+    """By every criterion, by `only` one, or by those that look at weights alone: of a network of the cell's model,
+    pruned maybe, for the cell's layers."""
     units = {name: n_units(network, name) for name, _ in cell.layers}
-    wanted = None if only is None else CRITERIA[only].needs
+    wanted = "weights" if of_weights else None if only is None else CRITERIA[only].needs
     own = {name: own_norms(network, name, n) for name, n in units.items()}
     found: dict[str, dict[str, Importance]] = {c: {name: of[c] for name, of in own.items()} for c in ("l1", "l2")}
     if only in found:
@@ -79,6 +89,15 @@ def of_network(
             copied, units, _on_cpu(example), gradients=gradients, activations=activations, only=only
         )
     return found
+
+
+def _is_large(cell: Cell) -> bool:
+    """Whether gradients of all parameters, three times over, are more than a study without them should cost."""
+    return cell.dense.model.startswith("hf/")
+
+
+def _needs_data(pruner: str) -> bool:
+    return pruner in CRITERIA and CRITERIA[pruner].needs != "weights"
 
 
 def by_user(network: nn.Module, cell: Cell, worker: Worker) -> dict[str, Importance]:

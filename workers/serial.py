@@ -75,7 +75,7 @@ class Serial:
         if recipe.clip_norm is not None:
             self._accelerator.clip_grad_norm_(self._net.parameters(), recipe.clip_norm)
         optimizer.step()
-        if self._average:
+        if self._average and not getattr(optimizer, "step_was_skipped", False):  # fp16's scaler skips some
             self._average.update_parameters(self._network)
         return loss.unsqueeze(0)
 

@@ -19,7 +19,6 @@ from storage.records import Row, row_for, utc_now
 from workers.backends import open_backend
 from workers.checkpoints import State
 from workers.columns import curves, outcome, peak_memory, provenance
-from workers.datasets import find_dataset
 from workers.execution import arithmetic
 from workers.measures import Epoch
 from workers.networks import network_file
@@ -157,7 +156,7 @@ def do_step(run: Run, step: Step) -> tuple[list[tuple[dict[str, Any], bytes | No
     """Measure, retrain and measure: each task's columns and kept network's file, and the state its network is in."""
     execution, worker = run.worker.execution(run.cell), run.worker
     networks = in_slots([p.network for p in step.pruned], run.slots, execution.fleet)
-    shape = find_dataset(run.cell.dense.dataset, worker.data_root).shape
+    shape = worker.dataset(run.cell.dense).shape
     with closing(open_backend(execution, networks, run.cell.retrain, worker.accelerator, shape)) as backend:
         with run.timed("prune"):
             before = step.before or measure_before(backend, run.cell, worker)
@@ -255,7 +254,7 @@ def _without_end(run: Run) -> dict[str, Any]:
 def _kept_file(keeper: Keeper, task: Task, pruned: Pruned, worker: Worker) -> bytes | None:
     if keeper.weights is None:
         return None
-    dataset = find_dataset(task.cell.dense.dataset, worker.data_root)
+    dataset = worker.dataset(task.cell.dense)
     return network_file(permanent(keeper.weights), task, pruned.removed, dataset.classes, dataset.shape)
 
 

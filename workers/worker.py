@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from storage.records import Cell, Dense, Execution, Recipe, Shard, Task
     from storage.store import Store
     from workers.checkpoints import Checkpoint
-    from workers.datasets import Data, Samples
+    from workers.datasets import Data, Dataset, Samples
     from workers.pulse import Pulse
 
 LOOK_AGAIN_SECONDS = 5.0
@@ -116,9 +116,11 @@ class Worker:
     @cached_property
     def accelerator(self) -> Accelerator:
         """Accelerate's view of this process: device and precision. A process has one precision."""
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        accelerator = Accelerator(mixed_precision=PRECISIONS[self.precision], cpu=self.cpu)
+        # Of a user's network, or of the vision tower of another, some parameters may have no gradient.
+        together = [DistributedDataParallelKwargs(find_unused_parameters=True)] if self.joined else []
+        accelerator = Accelerator(mixed_precision=PRECISIONS[self.precision], cpu=self.cpu, kwargs_handlers=[*together])
         if self.precision == "fp16" and accelerator.device.type == "cpu":
             # Accelerate would go on in fp32 without a word.
             raise PrecisionMissing("fp16 needs a GPU; on a CPU there are fp32 and bf16")
@@ -330,6 +332,12 @@ class Worker:
         damaged = self.store.set_damaged_dense_aside(dense.dense_id)
         return "; ".join(f"{p.file}: {p.reason}; it is set aside" for p in damaged)
 
+    def dataset(self, dense: Dense) -> Dataset:
+        """What is known of a dense model's data set without its samples."""
+        from workers.datasets import find_dataset
+
+        return self._once(("dataset", dense.dataset), lambda: find_dataset(dense.dataset, self.data_root))
+
     def data(self, dense: Dense) -> Data:
         """The prepared data set a dense model and all that is pruned from it are trained on."""
         from workers.datasets import prepare
@@ -443,7 +451,6 @@ class Worker:
     def baseline(self, cell: Cell) -> dict[str, Any]:
         """The dense_* columns: what the dense model achieves, measured as the pruned ones are."""
         from workers.backends import SERIAL, open_backend
-        from workers.datasets import find_dataset
 
         execution, data = self.execution(cell), self.data(cell.dense)
         if execution.backend == "fleet":  # of a single network it would be another computation anyway
@@ -451,7 +458,7 @@ class Worker:
 
         def make() -> dict[str, Any]:
             dense = copy.deepcopy(self.dense(cell.dense).model)
-            shape = find_dataset(cell.dense.dataset, self.data_root).shape
+            shape = self.dataset(cell.dense).shape
             with closing(open_backend(execution, [dense], cell.retrain, self.accelerator, shape)) as backend:
                 (on_train,), (on_test,) = backend.measure(self.loss_set(cell)), backend.measure(data.test)
             return {
@@ -460,7 +467,9 @@ class Worker:
                 "dense_test_accuracy": on_test.accuracy,
             }
 
-        key = ("baseline", cell.dense.dense_id, cell.loss_subset, execution.json)
+        # Text is measured in batches as small as those it is trained in.
+        batch = (cell.retrain.batch_size, cell.retrain.accumulate) if cell.dense.model.startswith("hf/") else None
+        key = ("baseline", cell.dense.dense_id, cell.loss_subset, execution.json, batch)
         return self._once(key, make)
 
     def size(self, network: nn.Module, example: torch.Tensor, shape: tuple[Any, ...]) -> tuple[int, int]:
