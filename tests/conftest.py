@@ -138,3 +138,24 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+SLOWEST_FIRST = (
+    "test_readme",
+    "test_workers",
+    "test_drivers",
+    "test_cluster",
+    "test_poison",
+    "test_together",
+    "test_interrupt",
+    "test_runners",
+    "test_nodes",
+    "test_studies",
+)
+"""Files of long tests: begun last, one of them would keep one processor waiting for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; xdist hands files out in this order."""
+    places = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
