@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,6 +23,12 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "params")
 def is_file(weights: str) -> bool:
     """Whether given weights are a file or an address, not a name that a library has for its own."""
     return "/" in weights or Path(weights).suffix in SUFFIXES
+
+
+def file_hash(path: Path) -> str:
+    """16 hex digits of sha256 over a local file: what it is known by."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def put(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:

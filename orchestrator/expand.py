@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from models.library import is_library
 from models.registry import absolute_model, input_shape, layer_units, model_content, weight_layers
+from models.weights import SUFFIXES, file_hash
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
 from orchestrator.spec import DenseTraining, Retraining, SweepSpec
@@ -22,7 +22,6 @@ from workers.datasets import DataMissing, dataset_content, find_dataset
 
 Layers = tuple[tuple[str, float], ...]
 CALIBRATION = int(CELL_DEFAULTS[SCHEMA_VERSION]["calibration"])
-WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def cells(spec: SweepSpec, document: Document, data_root: str | None = None) -> Iterator[Cell]:
@@ -92,13 +91,13 @@ def _recipe_and_weights(model: str, training: DenseTraining, document: Document)
             where = document.where(("dense",))
             raise UserError(
                 f"{where}: dense.weights: {model} has no weights {training.weights!r}; give a file "
-                f"({', '.join(WEIGHT_FILES)}), or leave it out"
+                f"({', '.join(SUFFIXES)}), or leave it out"
             )
         return recipe, ()
     if not path.is_file():
         where = document.where(("dense",))
         raise UserError(f"{where}: dense.weights: there is no file {path} (a name of the library's has no suffix)")
-    return replace(recipe, weights=str(path.absolute())), _content(weights=_sha256(path))
+    return replace(recipe, weights=str(path.absolute())), _content(weights=file_hash(path))
 
 
 def _may_have(model: str, weights: str) -> bool:
@@ -110,12 +109,7 @@ def weights_file(weights: str | None) -> Path | None:
     """The local file that `weights` names; None for a name of the library's, and for a URI."""
     if weights is None or "://" in weights:
         return None
-    return Path(weights).expanduser() if weights.endswith(WEIGHT_FILES) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return Path(weights).expanduser() if weights.endswith(SUFFIXES) else None
 
 
 def _content(**hashes: str | None) -> Content:

@@ -24,11 +24,10 @@ from orchestrator.account import Account, Failure, failure
 from orchestrator.cluster import environment
 from orchestrator.endings import End, Ending, seen, told
 from orchestrator.errors import UserError
-from orchestrator.together import TogetherTrainable
+from orchestrator.together import TogetherTrainable, bundle, pulse_of
 from storage.machine import is_alive
 from storage.records import Shard
 from storage.store import Store
-from workers.pulse import Limits, Pulse
 from workers.worker import Worker, last_line
 
 if TYPE_CHECKING:
@@ -54,8 +53,7 @@ class ShardTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         store, precision = Store(config["store"]), Shard.from_dict(config["shard"]).precision
-        where = {"node": ray.get_runtime_context().get_node_id()}
-        self.pulse = Pulse(store, config["driver"], Limits(**config["limits"]), where)
+        self.pulse = pulse_of(store, config)
         self.pulse.__enter__()
         self.worker = Worker(store, config["data_root"], precision, cpu=config["cpu"], pulse=self.pulse)
         self.reset_config(config)
@@ -181,13 +179,13 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
     A process holds one precision, so each precision has its own Tune run, with actors of its own.
     """
     gpus = _gpus(options)
-    _check_fits(options.cpus, gpus)
+    _check_fits(options.cpus, gpus, options.processes)
     several = options.processes > 1
     workers = None if options.workers == "auto" else int(options.workers)
     pending = workers or _slots(options.cpus, gpus, options.processes)
     trainable = TogetherTrainable if several else ShardTrainable
     # Ray Train asks for what its processes get; who starts them only waits, and Tune knows no bundle of nothing.
-    bundle = {"memory": 1.0} if several else _bundle(options.cpus, gpus)
+    asked = {"memory": 1.0} if several else bundle(options.cpus, gpus)
     workers = pending if several else workers
     common = {
         "store": store.absolute,
@@ -203,7 +201,7 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
     with environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(pending)}), contextlib.redirect_stdout(sys.stderr):
         while not driver.stop.is_set() and (precision := account.queue.precision):
             searcher = ShardSearcher(account.queue, precision, common, driver)
-            placed = tune.with_resources(trainable, tune.PlacementGroupFactory([bundle]))
+            placed = tune.with_resources(trainable, tune.PlacementGroupFactory([asked]))
             _fit(placed, searcher, workers, Reporter(account, searcher))
 
 
@@ -244,10 +242,6 @@ def _fit(trainable: Any, searcher: ShardSearcher, workers: int | None, reporter:
         ).fit()
 
 
-def _bundle(cpus: float, gpus: float) -> dict[str, float]:
-    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
-
-
 def _gpus(options: Options) -> float:
     if options.gpus != "auto":
         return float(options.gpus)
@@ -257,15 +251,21 @@ def _gpus(options: Options) -> float:
 def _slots(cpus: float, gpus: float, processes: int) -> int:
     """How many shards of so many processes fit on the cluster at once."""
     there = ray.cluster_resources()
-    wanted = _bundle(cpus, gpus)
+    wanted = bundle(cpus, gpus)
     return max(1, min(int(there.get(name, 0) // (amount * processes)) for name, amount in wanted.items()))
 
 
-def _check_fits(cpus: float, gpus: float) -> None:
-    """Raise UserError where no node could ever run one shard."""
-    wanted = _bundle(cpus, gpus)
+def _check_fits(cpus: float, gpus: float, processes: int) -> None:
+    """Raise UserError where no node could ever run one process, or all together not those of one shard."""
+    wanted = bundle(cpus, gpus)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
-        has = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in ("CPU", "GPU")) for node in nodes)
-        asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    fits = sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
+    if fits >= processes:
+        return
+    has = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in ("CPU", "GPU")) for node in nodes)
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
+    if not fits:
         raise UserError(f"a shard asks for {asked}, and no node of the cluster has that (it has {has})")
+    raise UserError(
+        f"a task asks for {processes} processes of {asked}, and the cluster has room for {fits} (it has {has})"
+    )

@@ -59,7 +59,9 @@ def run_processes(config: dict[str, Any]) -> dict[str, Any]:
                 in_each_process,
                 train_loop_config={**config, "words": words},
                 scaling_config=train.ScalingConfig(
-                    num_workers=config["processes"], use_gpu=config["gpus"] > 0, resources_per_worker=bundle_of(config)
+                    num_workers=config["processes"],
+                    use_gpu=config["gpus"] > 0,
+                    resources_per_worker=bundle(config["cpus"], config["gpus"]),
                 ),
                 run_config=train.RunConfig(storage_path=storage),
             ).fit()
@@ -73,9 +75,9 @@ def run_processes(config: dict[str, Any]) -> dict[str, Any]:
         words.shutdown(grace_period_s=0)
 
 
-def bundle_of(config: dict[str, Any]) -> dict[str, float]:
-    """What one process gets."""
-    return {"CPU": config["cpus"], "GPU": config["gpus"]} if config["gpus"] else {"CPU": config["cpus"]}
+def bundle(cpus: float, gpus: float) -> dict[str, float]:
+    """What one process gets, in Ray's words."""
+    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
 
 
 class Ended(Exception):
@@ -86,7 +88,7 @@ def in_each_process(config: dict[str, Any]) -> None:
     """Run a shard as one of its processes. Raises Ended where the others cannot come to the same end."""
     store, shard = Store(config["store"]), Shard.from_dict(config["shard"])
     leads = train.get_context().get_world_rank() == 0
-    with _pulse(store, config) if leads else contextlib.nullcontext() as pulse:
+    with pulse_of(store, config) if leads else contextlib.nullcontext() as pulse:
         worker = Worker(store, config["data_root"], shard.precision, cpu=config["cpu"], pulse=pulse, joined=True)
         if not leads:
             for _ in worker.run_shard(shard):
@@ -98,7 +100,8 @@ def in_each_process(config: dict[str, Any]) -> None:
         raise Ended
 
 
-def _pulse(store: Store, config: dict[str, Any]) -> Pulse:
+def pulse_of(store: Store, config: dict[str, Any]) -> Pulse:
+    """The sign of life of this process, a worker of the driver that made `config`."""
     where = {"node": ray.get_runtime_context().get_node_id()}
     return Pulse(store, config["driver"], Limits(**config["limits"]), where)
 

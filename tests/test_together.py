@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from orchestrator.documents import Document
+from orchestrator.errors import UserError
 from orchestrator.run import Options, run_spec
 from storage.records import Row, Shard
 from storage.schema import rows_to_table, table_to_rows
@@ -109,6 +110,22 @@ def test_batch_norm_on_processors_is_refused() -> None:
     assert synchronised(plain) is plain
     with pytest.raises(ValueError, match=r"needs GPUs: set resources\.processes to 1"):
         synchronised(torch.nn.Sequential(torch.nn.BatchNorm2d(2)))
+
+
+def test_more_processes_than_the_cluster_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would wait for ever: refused with what is asked for and what there is; as many as there are may run."""
+    from orchestrator import ray_runner
+
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 2.0}},
+    ]
+    monkeypatch.setattr(ray_runner.ray, "nodes", lambda: nodes)
+    ray_runner._check_fits(2, 1, 2)
+    with pytest.raises(UserError, match="asks for 3 processes of 2 CPU, 1 GPU, and the cluster has room for 2"):
+        ray_runner._check_fits(2, 1, 3)
+    with pytest.raises(UserError, match="a shard asks for 9 CPU, and no node"):
+        ray_runner._check_fits(9, 0, 1)
 
 
 SPEC = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from torch import nn
 
 from models import build_model, load_weights
 from models.registry import model_content
+from models.weights import file_hash
 from usercode import is_code
 from workers.backends import open_backend
 from workers.datasets import check_content, find_dataset
@@ -51,9 +51,7 @@ def starting_model(dense: Dense, data_root: str | None = None) -> nn.Module:
         return model
     planned = dict(dense.content).get("weights")
     if planned and Path(weights).is_file():  # where it is not, loading says so
-        with Path(weights).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        check_content(f"the file of weights {weights}", planned, found)
+        check_content(f"the file of weights {weights}", planned, file_hash(Path(weights)))
     with seeded(dense.dataset, dense.recipe.seed or 0, "weights"):  # a library may draw a classifier of its own
         load_weights(model, dense.model, weights)
     return model
