@@ -37,6 +37,7 @@ COMMANDS = {
     "query": "cli_sql",
     "corr": "cli_corr",
     "plot": "cli_plot",
+    "import-logs": "cli_import",
     "studies": "cli_setup",
     "prefetch": "cli_setup",
     "doctor": "cli_setup",
@@ -56,6 +57,7 @@ HELP = {
     "query": "Ask the store in SQL.",
     "corr": "Does the loss after pruning predict the accuracy after retraining?",
     "plot": "Draw the scatter of a sweep.",
+    "import-logs": "Make rows of the reference implementation's text logs.",
     "studies": "List the studies that ship with prunesweep, or show one.",
     "prefetch": "Download data sets into the data root.",
     "doctor": "Check this machine, the store and the data.",
@@ -71,7 +73,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        return getattr(import_module(f"orchestrator.{COMMANDS[cmd_name]}"), cmd_name)
+        return getattr(import_module(f"orchestrator.{COMMANDS[cmd_name]}"), cmd_name.replace("-", "_"))
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args[0] not in COMMANDS:

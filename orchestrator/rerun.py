@@ -55,6 +55,8 @@ def find_row(store: Store, task_id: str) -> Row:
     if len(found) > 1:
         raise UserError(f"several tasks begin with {task_id}: give more of the id, as {found[0].task_id}")
     (row,) = found
+    if row.task().cell.dense.is_imported:
+        raise UserError(f"task {row.task_id} was imported from a log ({row.versions}): it cannot be run here")
     if row.status != "done":
         raise UserError(f"task {row.task_id} failed ({row.error_class}): it has no measurements to compare with")
     return row

@@ -87,6 +87,7 @@ def run_sweep(store: Store, manifest: Manifest, options: Options, only: frozense
     """
     check_reachable(options.address)
     plan = plan_of_sweep(store, manifest, only)
+    check_dense_models(plan, manifest.sweep)
     if plan.shards:
         check_data({shard.needs.dataset for shard in plan.shards}, options.data_root)
         check_room(store, plan)
@@ -97,6 +98,16 @@ def run_sweep(store: Store, manifest: Manifest, options: Options, only: frozense
     finish(store)
     say_what_is_not_kept(store, plan, manifest.sweep)
     return outcome(store, manifest, problems, only)
+
+
+def check_dense_models(plan: Plan, sweep: str) -> None:
+    """Raise UserError where a task is to be pruned from a dense model that is known from imported logs alone."""
+    n = sum(len(shard.tasks) for shard in plan.shards if shard.needs.is_imported)
+    if n:
+        raise UserError(
+            f"{sweep} was imported from logs: {some(n, 'task')} without a row cannot be run, since the dense weights "
+            "they start from are not here. Import longer logs, or run the same spec under another name"
+        )
 
 
 def with_resources(options: Options, wanted: Resources) -> Options:

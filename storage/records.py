@@ -32,6 +32,9 @@ from storage.identity import (
 MANY = 4
 """Layers that a cell's words name one by one; of more the first and the last."""
 
+IMPORTED = "imported"
+"""The entry in a dense model's content that tells one known from logs: a hash of what the logs call it."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -96,7 +99,8 @@ class Dense:
     """A dense model: which network, trained on what, how. `validation` is the held-out share.
 
     `content` is ((`model`, `dataset` or `weights`, hash of what it is), ...), by name, for those that are files
-    or code of a user: then their content is in the id, and the path where they lie is not.
+    or code of a user: then their content is in the id, and the path where they lie is not. A dense model known
+    from imported logs alone has IMPORTED there instead: it is not here, and is no other's.
     """
 
     model: str
@@ -104,6 +108,11 @@ class Dense:
     recipe: Recipe
     validation: float = 0.0
     content: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it is known from imported logs alone: nothing can be pruned from it here."""
+        return IMPORTED in dict(self.content)
 
     @cached_property
     def dense_id(self) -> str:
@@ -198,9 +207,9 @@ class Cell:
         return Cell(**{**data, "dense": dense, "retrain": retrain, "layers": layers, "content": content})
 
     def __str__(self) -> str:
-        layers = _joined([name for name, _ in self.layers])
+        layers = joined([name for name, _ in self.layers])
         ratio = self.pruning_ratio
-        shown = _joined([repr(r) for _, r in self.layers]) if ratio is None else repr(ratio)
+        shown = joined([repr(r) for _, r in self.layers]) if ratio is None else repr(ratio)
         extra = [
             value
             for value, default in (
@@ -217,7 +226,7 @@ class Cell:
         return " ".join(words)
 
 
-def _joined(words: Sequence[str]) -> str:
+def joined(words: Sequence[str]) -> str:
     """`a+b+c`; of more than MANY the first and the last, and how many there are."""
     return "+".join(words) if len(words) <= MANY else f"{words[0]}+..+{words[-1]}({len(words)})"
 
