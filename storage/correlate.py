@@ -1,18 +1,19 @@
-"""One correlation per cell of a sweep, from the `candidates` view."""
+"""The numbers of each cell of a sweep, from the views."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
-from storage import statistics
 from storage.errors import QueryError
 from storage.records import Cell, titles
+from storage.schema import SCHEMA
 from storage.sql import check_select, quoted, views
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ BESIDE = "last5_test_accuracy_mean"
 class CellData:
     """The candidates of a cell that have every planned seed done, averaged over seeds.
 
-    `columns` holds x, y and what is asked for beside, each [n]. `planned` candidates were planned.
+    `columns` holds x, y and what is asked for beside, each [n]; `by_seed` those of them that tasks have, before they
+    were averaged, each [n, seeds] with NaN for null. `planned` candidates were planned, and more can be if it `grows`.
     """
 
     cell_id: str
@@ -38,6 +40,8 @@ class CellData:
     columns: dict[str, list[float | None]]
     planned: int
     seeds: int
+    by_seed: dict[str, np.ndarray] = field(default_factory=dict)
+    grows: bool = False
 
 
 def cell_data(
@@ -60,23 +64,29 @@ def cell_data(
         try:
             check_select(found.con, query)
             lines = found.ask(_CHOSEN.format(names=names, query=query, sweep=quoted(sweep)), {*_SCANNED, *columns})
+            measured = [name for name in dict.fromkeys(columns) if name in SCHEMA.names]
+            seeds = found.ask(_SEEDS.format(names=", ".join(["cell_id", "candidate", *measured]), sweep=quoted(sweep)))
         except duckdb.Error as error:
             _check_columns(found.con, columns)
             raise QueryError(f"--where: {error}" if where else str(error)) from error
         if not all(_is_number(lines[name].type) for name in columns):
             _check_columns(found.con, columns)
-    groups = _by_cell(lines)
+    groups, replicates = _by_cell(lines), _by_cell(seeds)
     named = titles(Cell.from_json(line["recipe"]) for line in grid)
-    cells = [_cell(line, named[line["cell_id"]], columns, groups.get(line["cell_id"], lines[:0])) for line in grid]
     for cell_id, group in groups.items():
         _refuse_mixed(cell_id, group)
-    return cells
+    return [
+        _cell(line, named[cell_id], columns, groups.get(cell_id, lines[:0]), replicates.get(cell_id, seeds[:0]))
+        for line in grid
+        for cell_id in [line["cell_id"]]
+    ]
 
 
 _SCANNED = ("task_id", "cell_id", "candidate", "seed", "status", "dense_sha256", "sweep", "chosen")
 """What every candidate is made of."""
 
 _CHOSEN = "select {names} from ({query}) where sweep = {sweep} order by cell_id, candidate"
+_SEEDS = """select {names} from tasks where sweep = {sweep} and status = 'done' order by cell_id, candidate, seed"""
 
 
 def _grid(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
@@ -132,54 +142,23 @@ def _refuse_mixed(cell_id: str, group: pa.Table) -> None:
     raise QueryError(f"{message}. {advice}")
 
 
-def _cell(line: dict[str, Any], title: str, columns: tuple[str, ...], group: pa.Table) -> CellData:
+def _cell(line: dict[str, Any], title: str, columns: tuple[str, ...], group: pa.Table, seeds: pa.Table) -> CellData:
+    candidates = group["candidate"].to_numpy()
+    lines = seeds.filter(pa.array(np.isin(seeds["candidate"].to_numpy(), candidates)))
+    each = {name: lines[name] for name in lines.column_names if name not in ("cell_id", "candidate")}
+    crossed = len(set(np.unique(lines["candidate"].to_numpy(), return_counts=True)[1].tolist())) == 1
     return CellData(
         cell_id=line["cell_id"],
         title=title,
-        candidate=group["candidate"].to_pylist(),
+        candidate=candidates.tolist(),
         columns={name: group[name].to_pylist() for name in columns},
         planned=line["candidate_count_distinct"],
         seeds=line["seed_count_distinct"],
+        by_seed={name: _numbers(values).reshape(len(group), -1) for name, values in each.items()} if crossed else {},
+        grows=Cell.from_json(line["recipe"]).candidate_mode == "sample",
     )
 
 
-def corr_table(cells: list[CellData], x: str, y: str, beside: str | None = BESIDE) -> pa.Table:
-    """The table of `corr`: one line per cell. tau is tau-b; `tau_<beside>` shows y's neighbour."""
-    found = statistics.correlations([(cell.columns[x], cell.columns[y]) for cell in cells])
-    lines = [_line(cell, x, y, one) for cell, one in zip(cells, found, strict=True)]
-    if beside:
-        taus = statistics.kendalls([(cell.columns[x], cell.columns[beside]) for cell in cells])
-        for line, tau in zip(lines, taus, strict=True):
-            line[_beside_name(beside)] = tau
-    return pa.Table.from_pylist(lines, schema=_schema(beside))
-
-
-def _schema(beside: str | None) -> pa.Schema:
-    text, number = pa.string(), pa.float64()
-    fields = [("cell", text), ("n", pa.int64()), ("planned", pa.int64()), ("seeds", pa.int64())]
-    tests = ("tau", "p", "spearman", "spearman_p", "pearson", "pearson_p", "anomaly_ratio")
-    fields += [(name, number) for name in tests]
-    fields += [(_beside_name(beside), number)] if beside else []
-    return pa.schema([*fields, ("cell_id", text)])
-
-
-def _beside_name(column: str) -> str:
-    return "tau_last5" if column == BESIDE else f"tau_{column}"
-
-
-def _line(cell: CellData, x: str, y: str, found: statistics.Correlation) -> dict[str, Any]:
-    higher = statistics.higher_is_better(y)
-    return {
-        "cell": cell.title,
-        "cell_id": cell.cell_id,
-        "n": found.n,
-        "planned": cell.planned,
-        "seeds": cell.seeds,
-        "tau": found.kendall,
-        "p": found.kendall_p,
-        "spearman": found.spearman,
-        "spearman_p": found.spearman_p,
-        "pearson": found.pearson,
-        "pearson_p": found.pearson_p,
-        "anomaly_ratio": statistics.anomaly_ratio(cell.columns[x], cell.columns[y], higher=higher),
-    }
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """float64, with NaN for null."""
+    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)

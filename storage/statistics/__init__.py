@@ -13,6 +13,7 @@ from storage.statistics.association import (
     spearman,
 )
 from storage.statistics.picks import anomaly_ratio, better_than_picked, lowest
+from storage.statistics.resampling import kendall_ci
 
 __all__ = [
     "NAN",
@@ -23,6 +24,7 @@ __all__ = [
     "correlations",
     "higher_is_better",
     "kendall",
+    "kendall_ci",
     "kendalls",
     "lowest",
     "paired",

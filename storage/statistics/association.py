@@ -10,6 +10,9 @@ import numpy as np
 
 NAN = float("nan")
 
+Values = Sequence[Any] | np.ndarray
+"""Numbers, null and NaN among them: [n]."""
+
 
 @dataclass(frozen=True)
 class Correlation:
@@ -28,7 +31,7 @@ class Correlation:
     pearson_p: float
 
 
-def paired(x: Sequence[Any], y: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, int]:
+def paired(x: Values, y: Values) -> tuple[np.ndarray, np.ndarray, int]:
     """`x` and `y` as float64 arrays of the pairs without null, NaN or infinity, and the rest's count.
 
     Raises ValueError when their lengths differ.
@@ -57,32 +60,32 @@ def _with_p(test: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return found
 
 
-def _one(test: str, x: Sequence[Any], y: Sequence[Any]) -> tuple[float, float]:
+def _one(test: str, x: Values, y: Values) -> tuple[float, float]:
     statistic, p = _all_with_p(test, [(x, y)])[0].tolist()
     return statistic, p
 
 
-def kendall(x: Sequence[Any], y: Sequence[Any]) -> tuple[float, float]:
+def kendall(x: Values, y: Values) -> tuple[float, float]:
     """Kendall's tau-b and its two-sided p (scipy: exact for small n without ties)."""
     return _one("kendall", x, y)
 
 
-def spearman(x: Sequence[Any], y: Sequence[Any]) -> tuple[float, float]:
+def spearman(x: Values, y: Values) -> tuple[float, float]:
     """Spearman's rho, Pearson's r of the ranks, and its two-sided p."""
     return _one("spearman", x, y)
 
 
-def pearson(x: Sequence[Any], y: Sequence[Any]) -> tuple[float, float]:
+def pearson(x: Values, y: Values) -> tuple[float, float]:
     """Pearson's r and its two-sided p."""
     return _one("pearson", x, y)
 
 
-def correlation(x: Sequence[Any], y: Sequence[Any]) -> Correlation:
+def correlation(x: Values, y: Values) -> Correlation:
     """All three, over the pairs that are there."""
     return correlations([(x, y)])[0]
 
 
-Sides = Sequence[tuple[Sequence[Any], Sequence[Any]]]
+Sides = Sequence[tuple[Values, Values]]
 
 
 def correlations(sides: Sides) -> list[Correlation]:

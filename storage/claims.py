@@ -1,0 +1,205 @@
+"""What each cell of a sweep says: its statistics, computed once and kept by content.
+
+Main path: `claims`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from storage.statistics import association, p_values
+from storage.statistics.noise import noise_of
+from storage.statistics.picks import picks_of
+from storage.statistics.power import power_of
+from storage.statistics.records import NO_INTERVAL, Claim, Interval, Noise, Picks, Power
+from storage.statistics.resampling import (
+    MOST,
+    RESAMPLES,
+    Statistic,
+    interval,
+    jackknife_tau_interval,
+    pearson_of,
+    resampled,
+    resampled_parts,
+    spearman_of,
+    tau_of,
+)
+
+if TYPE_CHECKING:
+    from storage.correlate import CellData
+
+VALID_TAU, VALID_P = 0.2, 0.05
+"""arXiv 2412.00143: oracle pruning is valid in a cell with this |tau| at least, of the expected sign, and this p at most."""
+
+_VERSION = 1
+"""Raised when the same data give other numbers: what was kept counts no more."""
+
+
+def claims(
+    cells: Sequence[CellData], x: str, y: str, *, resamples: int = RESAMPLES, every_interval: bool = False
+) -> list[Claim]:
+    """One claim per cell, in their order; p is adjusted over all of them. Without resamples no interval is given.
+
+    With `every_interval` Spearman and Pearson have intervals too. A cell asked about again is answered at once from
+    `$XDG_CACHE_HOME/prunesweep/claims`, as long as its values are the same.
+    """
+    found = [_kept(cell, x, y, resamples, every_interval) for cell in cells]
+    family = [one.p for one in found]
+    adjusted = zip(found, p_values.holm(family), p_values.benjamini_hochberg(family), strict=True)
+    return [replace(one, p_holm=holm, p_bh=bh) for one, holm, bh in adjusted]
+
+
+def lower_is_better(x: str) -> bool:
+    """Whether the candidate to pick is that of lowest x: of a loss, or of the importance of what is removed."""
+    return "accuracy" not in x
+
+
+def expected_sign(x: str, y: str) -> int:
+    """The sign of tau if x predicts y: negative for a loss and an accuracy."""
+    return 1 if lower_is_better(x) == (not association.higher_is_better(y)) else -1
+
+
+def _claim(cell: CellData, x: str, y: str, resamples: int, every_interval: bool) -> Claim:
+    keep, a, b = _values(cell, x, y)
+    by_seed = cell.by_seed.get(y)
+    replicates = by_seed[keep] if by_seed is not None else None
+    found = association.correlation(a, b)
+    seed = seed_of(cell)
+    p, method = p_values.kendall_p(a, b, found.kendall_p)
+    tau_interval, others = _intervals(a, b, resamples, seed, every_interval)
+    noise = noise_of(a, replicates, resamples, seed)
+    sign = 1 if association.higher_is_better(y) else -1
+    parts = resampled_parts(len(a), resamples, seed) if len(a) else ()
+    turned_seeds = None if replicates is None else sign * replicates
+    candidate = np.asarray(cell.candidate)[keep]
+    picks = picks_of(a if lower_is_better(x) else -a, sign * b, turned_seeds, candidate, noise.noise_std, parts)
+    return Claim(
+        cell_id=cell.cell_id,
+        title=cell.title,
+        x=x,
+        y=y,
+        n=found.n,
+        dropped=found.dropped,
+        planned=cell.planned,
+        seeds=cell.seeds,
+        tau=found.kendall,
+        tau_interval=tau_interval,
+        p=p,
+        p_method=method,
+        p_holm=association.NAN,
+        p_bh=association.NAN,
+        spearman=found.spearman,
+        spearman_interval=others[0],
+        spearman_p=p_values.product_p(_ranked(a), _ranked(b), found.spearman_p),
+        pearson=found.pearson,
+        pearson_interval=others[1],
+        pearson_p=p_values.product_p(a, b, found.pearson_p),
+        verdict=verdict(found.kendall, p, expected_sign(x, y)),
+        settled=settled(tau_interval, expected_sign(x, y)),
+        picks=picks,
+        noise=noise,
+        power=power_of(found.n, found.kendall, p, noise, grows=cell.grows),
+    )
+
+
+def _values(cell: CellData, x: str, y: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which candidates have x and y, and both of those."""
+    a, b = (np.asarray(cell.columns[name], dtype=np.float64) for name in (x, y))
+    keep = np.isfinite(a) & np.isfinite(b)
+    return keep, a[keep], b[keep]
+
+
+def seed_of(cell: CellData) -> int:
+    """The seed of a cell's resamples: cells are resampled independently, and each always alike."""
+    return int(hashlib.sha256(cell.cell_id.encode()).hexdigest()[:8], 16)
+
+
+def _ranked(values: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return rankdata(values)
+
+
+def _intervals(
+    x: np.ndarray, y: np.ndarray, resamples: int, seed: int, every: bool
+) -> tuple[Interval, tuple[Interval, Interval]]:
+    """Of tau, and of Spearman's rho and Pearson's r."""
+    n, none = len(x), (NO_INTERVAL, NO_INTERVAL)
+    if not resamples or n < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return NO_INTERVAL, none
+    if n > MOST:
+        return jackknife_tau_interval(x, y), none
+    counts = resampled(n, resamples, seed)
+    others: list[Statistic] = [spearman_of(x, y), pearson_of(x, y)] if every else []
+    rest = [interval(statistic, n, counts) for statistic in others]
+    return interval(tau_of(x, y), n, counts), (rest[0], rest[1]) if rest else none
+
+
+def verdict(tau: float, p: float, sign: int) -> str:
+    """The paper's: `valid` or `not valid`; empty without a tau."""
+    if not isfinite(tau) or not isfinite(p):
+        return ""
+    return "valid" if sign * tau >= VALID_TAU and p <= VALID_P else "not valid"
+
+
+def settled(interval: Interval, sign: int) -> bool:
+    """Whether the interval lies wholly on one side of the paper's 0.2."""
+    low, high = sorted((sign * interval.low, sign * interval.high))
+    return low >= VALID_TAU or high < VALID_TAU
+
+
+# -- kept by content ------------------------------------------------------------------------------------
+
+
+def _kept(cell: CellData, x: str, y: str, resamples: int, every_interval: bool) -> Claim:
+    """`_claim`, from the file it was kept in if its values are the same; a cell and question have one file."""
+    if not resamples:
+        return _claim(cell, x, y, resamples, every_interval)
+    content = _content(cell, x, y, resamples, every_interval)
+    question = hashlib.sha256(f"{cell.cell_id} {x} {y} {every_interval}".encode()).hexdigest()[:32]
+    file = _folder() / f"{question}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["content"] == content:
+            return replace(_from_plain(kept["claim"]), title=cell.title, planned=cell.planned)
+    found = _claim(cell, x, y, resamples, every_interval)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_name(f".{file.name}.{os.getpid()}")
+        draft.write_text(json.dumps({"content": content, "claim": asdict(found)}), encoding="utf-8")
+        draft.replace(file)
+    return found
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / "claims"
+
+
+def _content(cell: CellData, x: str, y: str, resamples: int, every_interval: bool) -> str:
+    """A hash of all that a claim is made of."""
+    about = [_VERSION, cell.cell_id, x, y, resamples, every_interval, cell.seeds, cell.grows, cell.candidate]
+    found = hashlib.sha256(json.dumps(about).encode())
+    for values in (cell.columns[x], cell.columns[y], cell.by_seed.get(y)):
+        found.update(b"none" if values is None else np.asarray(values, dtype=np.float64).tobytes())
+    return found.hexdigest()
+
+
+def _from_plain(plain: dict[str, Any]) -> Claim:
+    """A claim from what `asdict` made of it. Raises TypeError for another version's."""
+    parts = {"picks": (Picks, plain.pop("picks")), "noise": (Noise, plain.pop("noise"))}
+    nested = {name: kind(**_with_intervals(values)) for name, (kind, values) in parts.items()}
+    return Claim(**_with_intervals(plain | {"power": Power(**plain["power"])}), **nested)
+
+
+def _with_intervals(plain: dict[str, Any]) -> dict[str, Any]:
+    return {k: Interval(**v) if k.endswith("_interval") else v for k, v in plain.items()}
