@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -420,3 +423,17 @@ def test_fractions_in_place_of_percent_are_noticed(here: Path, capsys: pytest.Ca
         lines = [line for line in file.read_text().splitlines(keepends=True) if "Epoch" not in line]
         file.write_text(re.sub(r"test_acc \d+", "test_acc 0", "".join(lines)))
     assert "look like fractions" in refused(capsys)
+
+
+def test_the_page_does_what_it_says(tmp_path: Path) -> None:
+    """docs/import-logs.md is executed, and prints what it shows."""
+    page = (Path(__file__).parent.parent / "docs" / "import-logs.md").read_text()
+    script, said = re.findall(r"^```(?:bash)?\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {k: v for k, v in os.environ.items() if k != "PRUNESWEEP_STORE"} | {"PATH": path}
+    found = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 0, found.stderr
+    assert said in found.stderr
+    assert found.stdout.partition("\n")[2] in page
