@@ -35,7 +35,7 @@ def plot(sweep: str, x: str, y: str, where: str | None, store: str, output: Path
     from orchestrator.progress import some
     from storage.correlate import cell_data
     from storage.errors import QueryError
-    from storage.figures import FILES, scatter
+    from storage.figures.plain import FILES, scatter
     from storage.statistics import correlation
 
     path = output or Path(f"{sweep}.png")

@@ -14,7 +14,7 @@ from orchestrator.documents import Document
 from orchestrator.spec import load_spec
 from orchestrator.study import study_names
 from storage.correlate import CellData, X, Y
-from storage.figures import scatter
+from storage.figures.plain import scatter
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
