@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,10 +82,17 @@ def emit(table: pa.Table, form: str, output: Path | None) -> None:
     """Print a table, or write it to a file."""
     from storage.formats import render
 
+    # Lines that a terminal breaks cannot be read; a file or a pipe gets them whole.
+    width = shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
     try:
-        content = render(table, form)
+        content = render(table, form, width)
     except OverflowError as error:  # DuckDB has dates that Python has not
         raise UserError(f"a value of the answer cannot be written as {form}: {error}") from error
+    put(content, output)
+
+
+def put(content: bytes, output: Path | None) -> None:
+    """Print `content`, or write it to a file."""
     if output is None:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()

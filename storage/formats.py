@@ -7,28 +7,45 @@ import datetime as dt
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_TABULATE = {"table": "simple", "markdown": "github", "latex": "latex_booktabs"}
-FORMATS = (*_TABULATE, "json", "jsonl", "csv", "parquet")
+FOR_PEOPLE = ("table", "markdown", "latex")
+FORMATS = (*FOR_PEOPLE, "json", "jsonl", "csv", "parquet")
+
+SMALL_P = 0.001
+"""Below it people are shown `<0.001`; programs get every digit."""
+
+_LATEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
+_SYMBOLS = {"tau": r"$\tau$", "p": "$p$", "n": "$n$"}
 
 
-def render(table: pa.Table, form: str) -> bytes:
+def render(table: pa.Table, form: str, width: int | None = None) -> bytes:
     """`table` in one of FORMATS; text is UTF-8 and ends in a newline.
 
-    json is a list of objects; null and NaN are both null there, empty in csv, `-` for people.
+    json is a list of objects; null and NaN are both null there, empty in csv, `-` for people. A table for people that
+    is wider than `width` is cut into several below each other, each with the first column.
     """
     table = _intervals_as_text(table)
     if form == "parquet":
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         return buffer.getvalue()
-    text = _text(table, form).rstrip("\n")
+    text = (_people(table, form, width) if form in FOR_PEOPLE else _text(table, form)).rstrip("\n")
     return f"{text}\n".encode() if text else b""
 
 
@@ -50,15 +67,7 @@ def _intervals_as_text(table: pa.Table) -> pa.Table:
 
 def _text(table: pa.Table, form: str) -> str:
     names = table.column_names
-    lines = [[column[i].as_py(maps_as_pydicts="lossy") for column in table.columns] for i in range(len(table))]
-    if form in _TABULATE:
-        from tabulate import tabulate
-
-        shown = [[_in_one_cell(_shown(v), form) for v in line] for line in lines]
-        align = ["right" if _is_number(f.type) else "left" for f in table.schema]
-        return tabulate(
-            shown, names, tablefmt=_TABULATE[form], disable_numparse=True, colalign=align if lines else None
-        )
+    lines = [[_value(column[i]) for column in table.columns] for i in range(len(table))]
     if form == "csv":
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
@@ -70,19 +79,160 @@ def _text(table: pa.Table, form: str) -> str:
     return json.dumps(objects, indent=1)
 
 
+def _value(scalar: Any) -> Any:
+    return scalar.as_py(maps_as_pydicts="lossy")
+
+
+# -- for people -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A column as people see it; numbers stand to the right."""
+
+    name: str
+    texts: tuple[str, ...]
+    is_number: bool
+
+
+def shown(table: pa.Table) -> list[Shown]:
+    """The columns as people see them: numbers of four significant digits, p values of three, lists joined by `+`, `-`
+    for what is missing; NAME_low and NAME_high side by side are one column, `NAME 95 % interval`."""
+    found, names, at = list[Shown](), table.column_names, 0
+    while at < len(names):
+        name, column, kind = names[at], table.column(at), table.schema.types[at]
+        whole = name.removesuffix("_low")
+        if whole != name and names[at + 1 : at + 2] == [f"{whole}_high"] and pa.types.is_floating(kind):
+            pairs = zip(column.to_pylist(), table.column(at + 1).to_pylist(), strict=True)
+            found.append(Shown(f"{whole} 95 % interval", tuple(_interval(*pair) for pair in pairs), True))
+            at += 2
+            continue
+        show = _p_value if _is_p(name) and pa.types.is_floating(kind) else _shown
+        found.append(Shown(name, tuple(show(_value(scalar)) for scalar in column), _is_number(kind)))
+        at += 1
+    return found
+
+
+def _people(table: pa.Table, form: str, width: int | None) -> str:
+    columns = shown(table)
+    if form == "latex":
+        return _latex(columns)
+    if form == "markdown":
+        return _tabulated(
+            [Shown(_markdown(c.name), tuple(map(_markdown, c.texts)), c.is_number) for c in columns], "pipe"
+        )
+    return "\n\n".join(_tabulated(part, "simple") for part in _parts(columns, width))
+
+
+def _tabulated(columns: Sequence[Shown], style: str) -> str:
+    from tabulate import tabulate
+
+    lines = list(zip(*(c.texts for c in columns), strict=True))
+    align = ["right" if c.is_number else "left" for c in columns] if lines else None
+    names = [c.name for c in columns]
+    return tabulate(lines, names, tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def _parts(columns: list[Shown], width: int | None) -> Iterator[list[Shown]]:
+    """The columns in groups that fit side by side, two spaces between them, the first column in each."""
+    part = columns[:1]
+    for column in columns[1:]:
+        if width is not None and len(part) > 1 and sum(_wide(c) + 2 for c in part) + _wide(column) > width:
+            yield part
+            part = columns[:1]
+        part = [*part, column]
+    yield part
+
+
+def _wide(column: Shown) -> int:
+    """How wide tabulate sets a column: two more than its name at least."""
+    return max(len(column.name) + 2, *(len(line) for text in column.texts for line in text.split("\n")), 0)
+
+
+def _is_p(name: str) -> bool:
+    return name == "p" or name.startswith("p_") or name.endswith("_p")
+
+
+def _p_value(value: float | None) -> str:
+    """Three significant digits, and `<0.001`."""
+    if value is None or not 0 <= value <= 1:
+        return _shown(value)
+    return f"<{SMALL_P:g}" if value < SMALL_P else f"{value:.3g}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    """`[low, high]`, as exact as two significant digits of its width."""
+    if _missing(low) and _missing(high):
+        return "-"
+    width = math.nan if low is None or high is None else high - low
+    if not (math.isfinite(width) and width > 0):
+        return f"[{_shown(low)}, {_shown(high)}]"
+    digits = min(12, max(0, 1 - math.floor(math.log10(width))))
+    return f"[{_rounded(low, digits)}, {_rounded(high, digits)}]"
+
+
+def _rounded(value: float | None, digits: int) -> str:
+    """So many digits after the point, and no minus before a zero."""
+    return f"{value:.{digits}f}" if value is not None and round(value, digits) else f"{0:.{digits}f}"
+
+
+def _markdown(text: str) -> str:
+    """`text` without what would end a cell, begin a tag or be set in italics."""
+    plain = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    return re.sub(r"([|*])", r"\\\1", plain).replace("\n", "<br>")
+
+
+def _latex(columns: Sequence[Shown]) -> str:
+    """A booktabs tabular: numbers in mathematics, everything else escaped."""
+    cells = [[_latex_name(c.name), *(_latex_cell(c, text) for text in c.texts)] for c in columns]
+    wide = [max(map(len, column)) for column in cells]
+    lines = []
+    for line in zip(*cells, strict=True):
+        padded = [
+            cell.rjust(n) if c.is_number else cell.ljust(n) for cell, n, c in zip(line, wide, columns, strict=True)
+        ]
+        # What stands behind \\\\ in brackets, or as a star, would be its argument.
+        guard = "{}" if padded[0].lstrip().startswith(("[", "*")) else ""
+        lines.append(f"{guard}{' & '.join(padded)} \\\\")
+    align = "".join("r" if c.is_number else "l" for c in columns)
+    head, *body = lines
+    parts = [r"% needs \usepackage{booktabs}", f"\\begin{{tabular}}{{{align}}}", r"\toprule", head, r"\midrule", *body]
+    return "\n".join([*parts, r"\bottomrule", r"\end{tabular}"])
+
+
+def _latex_name(name: str) -> str:
+    """A column's name in words: `tau_last5` is tau of last5."""
+    return " ".join(_SYMBOLS.get(word, _escaped(word)) for word in re.split(r"[_ ]", name.replace(" %", "\u00a0%")))
+
+
+def _latex_cell(column: Shown, text: str) -> str:
+    if not column.is_number:
+        return _escaped(text)
+    if text == "-":
+        return "--"
+    if not re.search(r"[-<\[e]|inf", text):
+        return text
+    return f"${re.sub(_POWER, _power, text).replace('inf', _INFINITY)}$"
+
+
+_POWER = re.compile(r"e([+-]\d+)")
+_INFINITY = r"\infty"
+
+
+def _power(matched: re.Match[str]) -> str:
+    return rf" \times 10^{{{int(matched[1])}}}"
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in text.replace("\n", " ")).replace("\u00a0", "~")
+
+
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
 
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _in_one_cell(text: str, form: str) -> str:
-    """`text` without what would end a cell of the format; tabulate escapes LaTeX itself."""
-    if form == "markdown":
-        return text.replace("|", "\\|").replace("\n", "<br>")
-    return text.replace("\n", " ") if form == "latex" else text
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,9 @@ import datetime as dt
 import io
 import json
 import math
+import re
+import shutil
+import subprocess
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from storage.formats import FORMATS, render
+from storage.formats import FORMATS, render, shown
 from storage.records import Task
 from storage.sql import run_query
 from storage.store import Store
@@ -94,25 +99,136 @@ def test_table_is_for_people() -> None:
 
 def test_markdown_is_a_table() -> None:
     """A pipe or a line break in a value does not break the table."""
-    table = pa.table({"error": ["a|b", "Traceback:\n  boom"], "n": [1, 22]})
+    table = pa.table({"error": ["a|b", "Traceback:\n  *boom*"], "n": [1, 22]})
     lines = _text(table, "markdown").splitlines()
     assert len(lines) == 4
     assert [line.replace("\\|", "").count("|") for line in lines] == [3] * 4
     assert lines[2].split() == ["|", "a\\|b", "|", "1", "|"]
     assert "Traceback:" in lines[3]
-    assert "boom" in lines[3]
+    assert "\\*boom\\*" in lines[3]
 
 
 def test_latex_is_a_booktabs_table() -> None:
     """It goes into a paper as it is: booktabs rules, special characters escaped, numbers to the right."""
-    assert len(_text(pa.table({"error": ["a\n\nb"]}), "latex").splitlines()) == 7
-    lines = _text(SMALL, "latex").splitlines()
+    assert len(_text(pa.table({"error": ["a\n\nb"]}), "latex").splitlines()) == 8
+    comment, *lines = _text(SMALL, "latex").splitlines()
+    assert comment == r"% needs \usepackage{booktabs}"
     assert lines[0] == r"\begin{tabular}{llrr}"
     assert lines[-1] == r"\end{tabular}"
     assert [line for line in lines if "rule" in line] == [r"\toprule", r"\midrule", r"\bottomrule"]
-    first, second = (line.replace(" ", "") for line in lines[4:6])
-    assert first == r"lenet5\_mini&conv1+conv3&-0.1235&12\\"
-    assert second == r'a\_b\&"c"|d,é&&-&-\\'
+    head, first, second = (line.replace(" ", "") for line in (lines[2], *lines[4:6]))
+    assert head == r"model&layers&$\tau$&$n$\\"
+    assert first == r"lenet5\_mini&conv1+conv3&$-0.1235$&12\\"
+    assert second == r'a\_b\&"c"\textbar{}d,é&&--&--\\'
+
+
+CORR = pa.table(
+    {
+        "cell": ["[conv1] 50% & more_#1 {x}^2 ~ \\ $", "*conv2*"],
+        "n": [252, 7],
+        "tau": [-0.2476123, math.nan],
+        "tau_low": [-0.4123, math.nan],
+        "tau_high": [-0.0712, math.nan],
+        "p": [3.2e-7, 0.04961],
+        "p_method": ["exact", "permutation"],
+        "spearman_p": [1.0, None],
+        "regret": [1.5e-7, -math.inf],
+        "regret_high": [0.5, 0.25],
+    }
+)
+
+
+def test_intervals_and_p_values_are_for_people() -> None:
+    """NAME_low and NAME_high side by side are one column of two digits of its width; p has three digits or is small."""
+    text = _text(CORR.drop_columns(["cell"]), "table").splitlines()
+    names = ["n", "tau", "tau 95 % interval", "p", "p_method", "spearman_p", "regret", "regret_high"]
+    assert re.split(r"  +", text[0].strip()) == names
+    line = ["252", "-0.2476", "[-0.41, -0.07]", "<0.001", "exact", "1", "1.5e-07", "0.5"]
+    assert re.split(r"  +", text[2].strip()) == line
+    assert re.split(r"  +", text[3].strip()) == ["7", "-", "-", "0.0496", "permutation", "-", "-inf", "0.25"]
+    assert json.loads(_text(CORR, "json"))[0]["tau_low"] == -0.4123
+    assert json.loads(_text(CORR, "json"))[0]["p"] == 3.2e-7
+    assert _text(CORR, "csv").startswith("cell,n,tau,tau_low,tau_high,p,")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (-0.41234, -0.07123, "[-0.41, -0.07]"),
+        (0.9871, 0.9912, "[0.9871, 0.9912]"),
+        (-0.0001, 0.34, "[0.00, 0.34]"),
+        (12.0, 245.0, "[12, 245]"),
+        (0.5, 0.5, "[0.5, 0.5]"),
+        (math.nan, 0.5, "[-, 0.5]"),
+        (None, None, "-"),
+        (-math.inf, 1.0, "[-inf, 1]"),
+    ],
+)
+def test_an_interval_is_as_exact_as_it_is_narrow(low: float | None, high: float | None, text: str) -> None:
+    """Two significant digits of the width, for both ends."""
+    table = pa.table({"x_low": pa.array([low], pa.float64()), "x_high": pa.array([high], pa.float64())})
+    (column,) = shown(table)
+    assert (column.name, column.texts, column.is_number) == ("x 95 % interval", (text,), True)
+
+
+def test_latex_numbers_are_mathematics() -> None:
+    """A minus is a minus, powers of ten are written out, and no line begins with what LaTeX takes for an argument."""
+    lines = _text(CORR, "latex").splitlines()[1:]
+    head, first, second = (line.replace(" ", "") for line in (lines[2], *lines[4:6]))
+    assert "$\\tau$95~\\%interval&$p$&$p$method&spearman$p$&regret&regrethigh" in head
+    assert first.startswith(r"{}[conv1]50\%\&more\_\#1\{x\}\textasciicircum{}2\textasciitilde{}\textbackslash{}\$&252&")
+    assert first.endswith(r"$-0.2476$&$[-0.41,-0.07]$&$<0.001$&exact&1&$1.5\times10^{-7}$&0.5\\")
+    assert second == r"{}*conv2*&7&--&--&0.0496&permutation&--&$-\infty$&0.25\\"
+
+
+@given(st.lists(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=12), min_size=1, max_size=3))
+def test_no_text_ends_a_cell_of_latex(texts: list[str]) -> None:
+    """Whatever a cell says, the table keeps its cells: every special character is escaped."""
+    table = pa.table({f"c{i}": [text] for i, text in enumerate(texts)})
+    (line,) = _text(table, "latex").splitlines()[5:6]
+    cells = line.removesuffix(r"\\").removeprefix("{}")
+    plain = re.sub(r"\\(text\w+\{\}|[&%$#_{}])", "", cells)
+    assert plain.count("&") == len(texts) - 1
+    assert not set(plain) & set("%$#_{}\\^~")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
+def test_latex_is_compiled(tmp_path: Path) -> None:
+    """A paper that has it and booktabs compiles, without a warning."""
+    head = "\\documentclass{article}\\usepackage{booktabs}\\hbadness=10000\\hfuzz=1000pt\\begin{document}\n"
+    odd = pa.table(
+        {"error": ["".join(map(chr, range(32, 127))), "[a]", "*"], "x_low": [-1e-9] * 3, "x_high": [1.0] * 3}
+    )
+    body = "\n\n".join(_text(table, "latex") for table in (CORR, odd, SMALL.slice(0, 0), CORR.select(["cell"])))
+    (tmp_path / "paper.tex").write_text(f"{head}{body}\\end{{document}}\n")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    assert "Warning" not in found.stdout
+
+
+def test_markdown_keeps_its_cells_and_shows_tags() -> None:
+    """A name with a pipe is one cell, and a class in angle brackets is text."""
+    lines = _text(pa.table({"a|b": ["<module> x < 3", "<0.001"], "n": [-1, 2]}), "markdown").splitlines()
+    assert [cell.strip() for cell in re.split(r"(?<!\\)\|", lines[0])] == ["", "a\\|b", "n", ""]
+    assert set(lines[1].split("|")[2]) == {"-", ":"}
+    assert lines[1].rstrip("|").endswith("-:")
+    assert "&lt;module> x < 3" in lines[2]
+    assert "<0.001" in lines[3]
+
+
+def test_a_table_too_wide_is_cut_between_columns() -> None:
+    """No line is longer than the terminal, and every part names its lines; where all fits there is one part."""
+    text = render(CORR, "table", 60).decode()
+    parts = text.rstrip("\n").split("\n\n")
+    assert len(parts) > 1
+    assert all(len(line) <= 60 for line in text.splitlines())
+    assert all(part.splitlines()[3].startswith("*conv2*") for part in parts)
+    names = [name for part in parts for name in re.split(r"  +", part.splitlines()[0].strip())[1:]]
+    assert names == [column.name for column in shown(CORR)][1:]
+    assert render(CORR, "table", 500) == render(CORR, "table")
+    assert render(CORR, "markdown", 20) == render(CORR, "markdown")
+    assert render(TABLE, "table", 5).decode().count("model") == len(TABLE.column_names) - 1
 
 
 def test_json_is_a_list_of_objects() -> None:
