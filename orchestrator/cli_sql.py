@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.options import emit, existing_store, output_options, store_option, warn
+from orchestrator.options import existing_store, output_options, put, store_option
+
+if TYPE_CHECKING:
+    from storage.confined import Done, Limits
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+LEAST_MEMORY = 2**24
+
+
+def _parameters(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
+    """name=value pairs: numbers, true, false and null as such, "..." and everything else as text."""
+    found: dict[str, Any] = {}
+    for assignment in given:
+        name, equals, value = assignment.partition("=")
+        name = name.removeprefix("$")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"{assignment!r}: write it as name=value")
+        if name in found:
+            raise click.BadParameter(f"{name} is given twice")
+        found[name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    def no_number(constant: str) -> Any:
+        raise ValueError(constant)
+
+    try:
+        value = json.loads(text, parse_constant=no_number)
+    except ValueError:
+        return text
+    return value if isinstance(value, str | int | float | bool | None) else text
+
+
+def _memory(_: click.Context, __: click.Parameter, given: str | None) -> int:
+    """Bytes of 512MB, 2 GiB, 2G; kilo is 1024."""
+    from storage.confined import half_of_memory
+
+    if given is None:
+        return half_of_memory()
+    found = _SIZE.fullmatch(given.strip())
+    size = int(float(found[1]) * 1024 ** _POWERS[found[2].lower()]) if found else 0
+    if size < LEAST_MEMORY:
+        raise click.BadParameter(f"{given!r}: write it as 512MB or 4GB, of at least 16MB")
+    return size
 
 
 @click.command()
@@ -15,31 +64,109 @@ from orchestrator.options import emit, existing_store, output_options, store_opt
 @click.option(
     "--file", "-i", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file."
 )
+@click.option(
+    "--param",
+    "-p",
+    "parameters",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_parameters,
+    help="The value of $NAME in the query: a number, true, false, null, or text.",
+)
+@click.option("--interactive", is_flag=True, help="Ask at a prompt; so does no SQL at all on a terminal.")
+@click.option("--memory", metavar="SIZE", callback=_memory, help="Stop above this much memory. [default: half of it]")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, 1e7, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop after so long.",
+)
 @store_option
 @output_options
-def query(sql: str | None, file: Path | None, store: str, form: str, output: Path | None) -> None:
+def query(
+    sql: str | None,
+    file: Path | None,
+    parameters: dict[str, Any],
+    interactive: bool,
+    memory: int,
+    timeout: float,
+    store: str,
+    form: str,
+    output: Path | None,
+) -> None:
     """Ask the store in SQL: one SELECT over its views. SQL may be - for standard input.
 
-    Views: attempts, rows, tasks, candidates, cells, sweeps, failures (`describe rows` shows columns).
-    Functions: kendall, spearman, pearson over two lists, and kendall_p, spearman_p, pearson_p.
+    Views: attempts, rows, tasks, candidates, cells, sweeps, failures, criteria, curves, cost (`describe rows`
+    shows columns). Functions over two lists: kendall, spearman, pearson, with _p their p; kendall_ci, and
+    anomaly_ratio, anomaly_ratio_loss for a y of which less is better. docs/sql.md has more.
+
+    A query reads the store and nothing else, writes nothing, and is stopped at its limits.
 
     \b
     prunesweep query "select cell_id, kendall(list(pruned_train_loss),
         list(best_test_accuracy)) as tau from candidates group by cell_id"
     prunesweep query "describe rows"
     prunesweep query "from failures" -f json
+    prunesweep query "from rows where seed = $seed" --param seed=0
+    prunesweep query                          a prompt, on a terminal
     """
-    from storage.sql import run_query
+    from storage.confined import Limits
 
+    limits = Limits(memory, timeout)
+    if interactive or (sql is None and file is None and sys.stdin.isatty() and sys.stdout.isatty()):
+        _at_a_prompt(sql or file or parameters or output, store, form, limits)
+        return
     if (sql is None) == (file is None):
-        raise click.UsageError("give the SQL, or --file FILE")
-    text = _sql_of(file) if file else str(sql)
+        raise click.UsageError("give the SQL, or --file FILE (or - for standard input)")
+    text = _text_of(file) if file else str(sql)
     text = sys.stdin.read() if text == "-" else text
-    emit(run_query(existing_store(store), text, warn), form, output)
+    put(answer(store, text, form, limits, parameters), output)
 
 
-def _sql_of(file: Path) -> str:
+def _at_a_prompt(given: object, store: str, form: str, limits: Limits) -> None:
+    from orchestrator.prompt import converse, session
+
+    if given:
+        raise click.UsageError("at a prompt there is no SQL, --file, --param or -o beforehand")
+    existing_store(store)
+    ask = partial(answer, store, limits=limits)
+    converse(session(ask), ask, form)
+
+
+def _text_of(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"cannot read {file}: {error}") from error
+
+
+def answer(location: str, sql: str, form: str, limits: Limits, parameters: dict[str, Any] | None = None) -> bytes:
+    """The answer to a query, rendered, of the store as it is now. Raises QueryError, StoreError."""
+    from storage.confined import confined
+
+    done = confined(lambda: _answer(location, sql, form, limits.memory, parameters or {}), limits)
+    for line in done.said:
+        click.echo(line, err=True)
+    return done.answer
+
+
+def _answer(location: str, sql: str, form: str, memory: int, parameters: dict[str, Any]) -> Done:
+    from storage.confined import Done
+    from storage.errors import QueryError
+    from storage.formats import render
+    from storage.sql import run_query
+
+    said: list[str] = []
+    table = run_query(
+        existing_store(location),
+        sql,
+        lambda problem: said.append(f"warning: skipped {problem.file}: {problem.reason}"),
+        parameters,
+        memory,
+    )
+    try:
+        return Done(render(table, form), tuple(said))
+    except OverflowError as error:  # DuckDB has dates that Python has not
+        raise QueryError(f"a value of the answer cannot be written as {form}: {error}") from error

@@ -10,9 +10,9 @@ import atexit
 import json
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,16 @@ if TYPE_CHECKING:
 PLAN_TABLE_SCHEMA = PLAN_SCHEMA.append(pa.field("sweep", pa.string())).append(pa.field("expanded_at", pa.string()))
 TABLES = {"row_files": ROW_FILES_SCHEMA.append(pa.field("chosen", pa.bool_())), "plan": PLAN_TABLE_SCHEMA}
 EVERY_COLUMN = frozenset(name for schema in TABLES.values() for name in schema.names)
-VIEWS = ("attempts", "rows", "tasks", "candidates", "cells", "sweeps", "failures")
+VIEWS = ("attempts", "rows", "tasks", "candidates", "cells", "sweeps", "failures", "criteria", "curves", "cost")
+FUNCTIONS = (
+    *(f"{name}{suffix}" for name in ("kendall", "spearman", "pearson") for suffix in ("", "_p")),
+    "kendall_ci",
+    "anomaly_ratio",
+    "anomaly_ratio_loss",
+)
+"""Of two lists, x and y, in SQL."""
+
+VIEWS_FILE = Path(__file__).with_name("views.sql")
 
 # No quote and no comment among the options: what follows here is what DuckDB explains.
 _EXPLAIN = re.compile(r"\s*explain\s*(?:analyze\b|\((?:\s|,|analyze|format\s+\w+)*\))?", re.IGNORECASE)
@@ -65,17 +74,24 @@ class Views:
         for name, schema in TABLES.items():
             con.register(name, pa.Table.from_batches([], schema))
 
-    def ask(self, query: str, expected: Iterable[str] = ()) -> pa.Table:
-        """The answer to one SELECT. Raises duckdb.Error.
+    def ask(self, query: str, expected: Iterable[str] = (), parameters: Mapping[str, Any] | None = None) -> pa.Table:
+        """The answer to one SELECT, with the values of its `$name`s. Raises duckdb.Error.
 
         Read is what DuckDB's plan of it scans, or what is `expected` to be scanned, and more until the plan over what
         was read scans nothing else.
         """
-        if not (expected and self._columns.issuperset(expected)):
-            self.read(expected or self._scanned(query))
-        while not (scanned := self._scanned(query)) <= self._columns:
-            self.read(scanned)
-        return self.con.sql(query).to_arrow_table()
+        try:
+            if not (expected and self._columns.issuperset(expected)):
+                self.read(expected or self._scanned(query, parameters))
+            while not (scanned := self._scanned(query, parameters)) <= self._columns:
+                self.read(scanned)
+        except duckdb.Error:
+            self._asked(query, parameters)  # which says the same of the query as it was given
+            raise
+        return self._asked(query, parameters).to_arrow_table()
+
+    def _asked(self, query: str, parameters: Mapping[str, Any] | None) -> duckdb.DuckDBPyRelation:
+        return self.con.sql(query, params=dict(parameters or {}))
 
     def read(self, columns: Iterable[str] = EVERY_COLUMN) -> None:
         """Read these columns too, wherever they are."""
@@ -91,10 +107,10 @@ class Views:
                 self._report(problem)
         self._reported.update(problems)
 
-    def _scanned(self, query: str) -> set[str]:
+    def _scanned(self, query: str, parameters: Mapping[str, Any] | None = None) -> set[str]:
         """The columns of row_files and plan that a query scans; every one for an EXPLAIN, which is not explained."""
         try:
-            (_, plan), *_ = self.con.execute(f"explain (format json) {query}").fetchall()
+            (_, plan), *_ = self.con.execute(f"explain (format json) {query}", parameters).fetchall()
         except duckdb.ParserException:
             return set(EVERY_COLUMN)
         scanned: set[str] = set()
@@ -117,9 +133,9 @@ def _with_nulls(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 @contextmanager
-def views(store: Store, report: Callable[[Problem], None] | None = None) -> Iterator[Views]:
-    """The store's views, closed at the end."""
-    con = _database(os.getpid()).cursor()
+def views(store: Store, report: Callable[[Problem], None] | None = None, memory: int | None = None) -> Iterator[Views]:
+    """The store's views, closed at the end. DuckDB takes at most `memory` bytes, or four fifths of the machine's."""
+    con = _database(os.getpid(), memory).cursor()
     try:
         yield Views(con, store, report)
     finally:
@@ -138,21 +154,19 @@ def connection(store: Store, report: Callable[[Problem], None] | None = None) ->
 
 
 @cache
-def _database(_: int) -> duckdb.DuckDBPyConnection:
-    """The views and functions without data, locked; one per process, by its id, since to make it takes 30 ms.
+def _database(_: int, memory: int | None) -> duckdb.DuckDBPyConnection:
+    """The views and functions without data, locked; one per process (by its id) and limit: to make it takes 30 ms.
 
     What a cursor of it registers is seen by that cursor alone.
     """
     con = duckdb.connect()
     for name, schema in TABLES.items():
         con.register(name, pa.Table.from_batches([], schema))
-    con.execute(Path(__file__).with_name("views.sql").read_text(encoding="utf-8"))
-    doubles = duckdb.list_type(DOUBLE)
-    special = FunctionNullHandling.SPECIAL
-    for name in ("kendall", "spearman", "pearson"):
-        for suffix, which in (("", 0), ("_p", 1)):
-            function = _nullable(getattr(statistics, name), which)
-            con.create_function(f"{name}{suffix}", function, [doubles, doubles], DOUBLE, null_handling=special)
+    con.execute(VIEWS_FILE.read_text(encoding="utf-8"))
+    _add_functions(con)
+    con.execute("set temp_directory = ''")  # a query writes nothing: not even what memory has no room for
+    if memory is not None:
+        con.execute(f"set memory_limit = '{memory}B'")
     for setting in ("enable_external_access", "python_enable_replacements"):
         con.execute(f"set {setting} = false")
     con.execute("set lock_configuration = true")
@@ -160,20 +174,51 @@ def _database(_: int) -> duckdb.DuckDBPyConnection:
     return con
 
 
-def _nullable(test: Callable[[Any, Any], tuple[float, float]], which: int) -> Callable[[Any, Any], float | None]:
-    """`test` for SQL: null in, null out, and null where it is not defined."""
+def _add_functions(con: duckdb.DuckDBPyConnection) -> None:
+    """The statistics of two lists: null where a list is null, and where they are not defined."""
+    doubles: list[Any] = [duckdb.list_type(DOUBLE)] * 2
+    interval = duckdb.struct_type({"low": DOUBLE, "high": DOUBLE})
+    functions: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
+        "anomaly_ratio": (statistics.anomaly_ratio, DOUBLE),
+        "anomaly_ratio_loss": (partial(statistics.anomaly_ratio, higher=False), DOUBLE),
+        "kendall_ci": (_kendall_ci, interval),
+    }
+    for name in ("kendall", "spearman", "pearson"):
+        for suffix, which in (("", 0), ("_p", 1)):
+            functions[f"{name}{suffix}"] = (_part(getattr(statistics, name), which), DOUBLE)
+    for name, (function, kind) in functions.items():
+        special = FunctionNullHandling.SPECIAL
+        con.create_function(name, _nullable(function), doubles, kind, null_handling=special)
 
-    def function(x: list[float] | None, y: list[float] | None) -> float | None:
+
+def _part(test: Callable[[Any, Any], tuple[float, float]], which: int) -> Callable[[Any, Any], float]:
+    return lambda x, y: test(x, y)[which]
+
+
+def _kendall_ci(x: list[float], y: list[float]) -> dict[str, float] | None:
+    low, high = statistics.kendall_ci(x, y)
+    return None if low != low or high != high else {"low": low, "high": high}
+
+
+def _nullable(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`function` for SQL: null in, null out, and null where it is NaN."""
+
+    def nullable(x: list[float] | None, y: list[float] | None) -> Any:
         if x is None or y is None:
             return None
-        value = test(x, y)[which]
+        value = function(x, y)
         return None if value != value else value
 
-    return function
+    return nullable
 
 
 def check_select(con: duckdb.DuckDBPyConnection, query: str) -> None:
     """Raise QueryError unless DuckDB's parser calls `query` one SELECT, or an EXPLAIN of one."""
+    _the_select(con, query)
+
+
+def _the_select(con: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
+    """The one SELECT, or EXPLAIN of one, that `query` is. Raises QueryError."""
     try:
         statements = con.extract_statements(query)
     except duckdb.Error as error:
@@ -188,14 +233,36 @@ def check_select(con: duckdb.DuckDBPyConnection, query: str) -> None:
     if kinds != ["SELECT"]:
         found = ", ".join(kinds) or "nothing"
         raise QueryError(f"a query is exactly one SELECT (or EXPLAIN of one); this is {found}")
+    return statements[0]
 
 
-def run_query(store: Store, query: str, report: Callable[[Problem], None] | None = None) -> pa.Table:
-    """One SELECT over the store's views, fetched whole. Raises QueryError."""
-    with views(store, report) as found:
-        check_select(found.con, query)
+def check_parameters(wanted: Iterable[str], given: Iterable[str]) -> None:
+    """Raise QueryError unless `given` names every parameter that a query has, and no other."""
+    wanted, given = sorted(wanted), sorted(given)
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise QueryError(f"the query wants a value for ${missing[0]}: give --param {missing[0]}=VALUE")
+    unknown = [name for name in given if name not in wanted]
+    if unknown:
+        has = ", ".join(f"${name}" for name in wanted) or "none"
+        raise QueryError(f"the query has no parameter ${unknown[0]}; it has: {has}")
+
+
+def run_query(
+    store: Store,
+    query: str,
+    report: Callable[[Problem], None] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    memory: int | None = None,
+) -> pa.Table:
+    """One SELECT over the store's views, fetched whole. `parameters` are the values of its `$name`s; DuckDB takes at
+    most `memory` bytes. Raises QueryError."""
+    with views(store, report, memory) as found:
+        check_parameters(_the_select(found.con, query).named_parameters, parameters or ())
         try:
-            table = found.ask(query)
+            table = found.ask(query, parameters=parameters)
+        except duckdb.OutOfMemoryException as error:
+            raise MemoryError(str(error)) from error
         except duckdb.Error as error:
             raise QueryError(str(error)) from error
     twice = [name for name in table.column_names if table.column_names.count(name) > 1]

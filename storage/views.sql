@@ -57,7 +57,7 @@ select sweep, cell_id, candidate, any_value(candidate_id) as candidate_id,
        any_value(score_l1) as score_l1, any_value(score_l2) as score_l2, any_value(score_taylor) as score_taylor,
        any_value(score_hessian) as score_hessian, any_value(score_fpgm) as score_fpgm,
        any_value(score_lamp) as score_lamp, any_value(score_bn_scale) as score_bn_scale,
-       any_value(score_activation) as score_activation,
+       any_value(score_activation) as score_activation, any_value(score_extra) as score_extra,
        count(*) filter (where diverged) as n_diverged
 from tasks group by sweep, cell_id, candidate
 having count(*) filter (where status <> 'done') = 0;
@@ -91,3 +91,59 @@ create view failures as
 select sweep, error_class, shard, count(*) as tasks, min(task_id) as example_task,
        arg_min(error, task_id) as example_error, max(finished_at) as last_at
 from tasks where status = 'failed' group by sweep, error_class, shard;
+
+-- Long form of what is known of a candidate before retraining: one line per criterion that has a number,
+-- beside what there was after it.
+create view criteria as
+select * exclude (found, score_of), score_of.criterion, score_of.score from (
+    select *, unnest(found) as score_of from (
+        select sweep, cell_id, candidate, candidate_id, model, dataset, granularity, layers, ratios, pruning_ratio,
+               pruner, propagation, schedule, precision, n_seeds,
+               best_test_accuracy, best_test_loss, last_train_loss, last_test_loss, last_test_accuracy,
+               last5_test_loss_mean, last5_test_accuracy_mean, val_best_test_accuracy, val_best_test_loss,
+               list_concat(
+                   [{criterion: 'pruned_train_loss', score: pruned_train_loss}, {criterion: 'l1', score: score_l1},
+                    {criterion: 'l2', score: score_l2}, {criterion: 'taylor', score: score_taylor},
+                    {criterion: 'hessian', score: score_hessian}, {criterion: 'fpgm', score: score_fpgm},
+                    {criterion: 'lamp', score: score_lamp}, {criterion: 'bn_scale', score: score_bn_scale},
+                    {criterion: 'activation', score: score_activation}],
+                   [{criterion: e.key, score: e.value} for e in map_entries(score_extra)]) as found
+        from candidates)
+) where score_of.score is not null;
+
+-- One line per task and epoch: 0 is before retraining, 1 the first epoch. The mean minibatch loss of epoch 0 is
+-- nothing: pruned_train_loss is another measure.
+create view curves as
+select sweep, cell_id, candidate, seed, task_id, epoch,
+       case when epoch > 0 then epoch_train_loss[epoch] end as epoch_train_loss,
+       case when epoch = 0 then pruned_test_loss else epoch_test_loss[epoch] end as epoch_test_loss,
+       case when epoch = 0 then pruned_test_accuracy else epoch_test_accuracy[epoch] end as epoch_test_accuracy,
+       case when epoch > 0 then epoch_val_accuracy[epoch] end as epoch_val_accuracy
+from (
+    select sweep, cell_id, candidate, seed, task_id, epoch_train_loss, epoch_test_loss, epoch_test_accuracy,
+           epoch_val_accuracy, pruned_test_loss, pruned_test_accuracy,
+           unnest(range(0, 1 + greatest(0, len(epoch_train_loss), len(epoch_test_loss), len(epoch_test_accuracy),
+                                        len(epoch_val_accuracy)))) as epoch
+    from tasks where status = 'done');
+
+-- What was spent on each cell of a sweep, in seconds of one CPU worker's or one GPU's time. Wasted are failed
+-- attempts and rows that were not chosen. A failed row knows no device: it ran where the cell's others did.
+-- Of a failed attempt the time from its start to its end counts, which is not shared out.
+create view cost as
+select p.sweep, p.cell_id, any_value(p.model) as model, any_value(p.dataset) as dataset, any_value(p.layers) as layers,
+       any_value(p.pruning_ratio) as pruning_ratio, any_value(p.pruner) as pruner,
+       any_value(p.propagation) as propagation, any_value(p.precision) as precision,
+       count(distinct p.task_id) as tasks, count(a.task_id) as attempts,
+       count(a.task_id) filter (where a.status = 'failed') as failed_attempts,
+       count(a.task_id) filter (where a.wasted) as wasted_attempts,
+       coalesce(sum(a.seconds) filter (where not a.on_gpu), 0) as cpu_seconds,
+       coalesce(sum(a.seconds) filter (where a.on_gpu), 0) as gpu_seconds,
+       coalesce(sum(a.seconds) filter (where a.wasted and not a.on_gpu), 0) as wasted_cpu_seconds,
+       coalesce(sum(a.seconds) filter (where a.wasted and a.on_gpu), 0) as wasted_gpu_seconds,
+       min(p.position) as position
+from plan p left join (
+    select task_id, status, status = 'failed' or not chosen as wasted,
+           coalesce(device, max(device) over (partition by cell_id), 'cpu') not like 'cpu%' as on_gpu,
+           coalesce(seconds_prune + seconds_retrain, epoch(finished_at - started_at)) as seconds
+    from row_files) a on a.task_id = p.task_id
+group by p.sweep, p.cell_id;

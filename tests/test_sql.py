@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from storage import statistics
 from storage.errors import QueryError
 from storage.records import Task
 from storage.schema import SCHEMA
-from storage.sql import VIEWS, check_select, column_names, connection, run_query
+from storage.sql import FUNCTIONS, VIEWS, check_select, column_names, connection, run_query
 from storage.statistics import kendall
 from storage.store import Store
 from tests.rows import L1, NOON, ORACLE, SHA_A, SHA_B, done, failed, plan, tasks, tree
@@ -165,6 +166,83 @@ def test_failures_are_counted_by_class_and_shard(store: Store) -> None:
     ]
 
 
+# -- criteria, curves, cost ---------------------------------------------------------------------------
+
+
+def test_criteria_has_every_score_of_the_schema(tmp_path: Path) -> None:
+    """One line per candidate and criterion: each score_ column, what score_extra holds, and the pruned train loss."""
+    store, (a, b) = Store(tmp_path), tasks(ORACLE, 2)
+    plan(store, "mini", [a, b])
+    names = [name for name in column_names() if name.startswith("score_") and name != "score_extra"]
+    scores = {name: float(i) for i, name in enumerate(names)}
+    known = done(a, pruned_train_loss=0.5, best_test_accuracy=0.9, score_extra=(("mine", 7.0),), **scores)
+    store.commit_rows("s0", [known, done(b, pruned_train_loss=0.25, score_l1=3.0)])
+    found = store.sql("select candidate, criterion, score, best_test_accuracy from criteria").fetchall()
+    expected = {name.removeprefix("score_"): score for name, score in scores.items()}
+    expected |= {"mine": 7.0, "pruned_train_loss": 0.5}
+    assert {(c, name, score, y) for c, name, score, y in found} == {
+        *((0, name, score, 0.9) for name, score in expected.items()),
+        (1, "pruned_train_loss", 0.25, None),
+        (1, "l1", 3.0, None),
+    }
+
+
+def test_a_correlation_for_each_criterion_is_one_query(tmp_path: Path) -> None:
+    """The long form groups: tau of each criterion is that of its own column."""
+    store, planned = Store(tmp_path), tasks(ORACLE, 4)
+    plan(store, "mini", planned)
+    l1, l2, best = [1.0, 2.0, 4.0, 3.0], [4.0, 1.0, 2.0, 3.0], [0.1, 0.2, 0.3, 0.4]
+    numbers = zip(planned, l1, l2, best, strict=True)
+    store.commit_rows("s0", [done(t, score_l1=a, score_l2=b, best_test_accuracy=y) for t, a, b, y in numbers])
+    query = "select criterion, kendall(list(score), list(best_test_accuracy)) from criteria group by 1 order by 1"
+    assert store.sql(query).fetchall() == [("l1", kendall(l1, best)[0]), ("l2", kendall(l2, best)[0])]
+
+
+def test_curves_have_one_line_per_epoch_from_before_retraining(tmp_path: Path) -> None:
+    """Epoch 0 is the pruned network, k the k-th epoch; a failed or pending task has no line."""
+    store, planned = Store(tmp_path), tasks(ORACLE, 4)
+    plan(store, "mini", planned)
+    curves = {"epoch_train_loss": (0.5, None), "epoch_test_loss": (0.75, 0.25), "epoch_test_accuracy": (0.25, 0.5)}
+    rows = [done(planned[0], pruned_test_loss=2.0, pruned_test_accuracy=0.125, **curves), failed(planned[1])]
+    store.commit_rows("s0", [*rows, done(planned[3], pruned_test_loss=3.0)])
+    columns = "candidate, epoch, epoch_train_loss, epoch_test_loss, epoch_test_accuracy, epoch_val_accuracy"
+    assert store.sql(f"select {columns} from curves order by candidate, epoch").fetchall() == [
+        (0, 0, None, 2.0, 0.125, None),
+        (0, 1, 0.5, 0.75, 0.25, None),
+        (0, 2, None, 0.25, 0.5, None),
+        (3, 0, None, 3.0, None, None),
+    ]
+
+
+def test_cost_counts_every_attempt_once_and_what_was_wasted(tmp_path: Path) -> None:
+    """Failed attempts and rows that lost to another are wasted; what a failed one has no device for, its cell has."""
+    store = Store(tmp_path)
+    a, b, c = tasks(ORACLE, 3)
+    d, e = tasks(L1, 2)
+    plan(store, "mini", [a, b, c, d, e])
+    plan(store, "also", [a])
+    second = dt.timedelta(seconds=1)
+    spent = {"seconds_prune": 1.0, "seconds_retrain": 3.0}
+    store.commit_rows(
+        "s0",
+        [
+            done(a, device="cpu", **spent),
+            done(a, device="cpu", finished_at=NOON + second, **spent),  # a zombie's
+            failed(b, started_at=NOON - 5 * second),
+            done(b, device="cpu", **spent),
+            done(d, device="cuda:0", **spent),
+            failed(e, started_at=NOON - 7 * second),
+        ],
+    )
+    columns = "sweep, model, tasks, attempts, failed_attempts, wasted_attempts"
+    seconds = "cpu_seconds, gpu_seconds, wasted_cpu_seconds, wasted_gpu_seconds"
+    assert store.sql(f"select {columns}, {seconds} from cost order by sweep, position").fetchall() == [
+        ("also", "lenet5_mini", 1, 2, 0, 1, 8.0, 0.0, 4.0, 0.0),
+        ("mini", "lenet5_mini", 3, 4, 1, 2, 17.0, 0.0, 9.0, 0.0),
+        ("mini", "resnet56", 2, 2, 1, 1, 0.0, 11.0, 0.0, 7.0),
+    ]
+
+
 # -- statistics ---------------------------------------------------------------------------------------
 
 
@@ -195,6 +273,30 @@ def test_correlations_in_sql_are_scipys(name: str, test: Any, store: Store) -> N
 def test_a_correlation_that_is_not_defined_is_null(name: str, lists: str, store: Store) -> None:
     """A constant side, fewer than two pairs or no list give NULL, in the statistic and its p."""
     assert store.sql(f"select {name}({lists}), {name}_p({lists})").fetchall() == [(None, None)]
+
+
+def test_anomaly_ratio_and_interval_in_sql_are_those_of_the_statistics(store: Store) -> None:
+    """More of y is better, or less of it with the form for losses; the interval is a struct."""
+    x, y = [3.0, 1.0, 2.0, 4.0, 5.0], [0.5, 0.4, 0.7, 0.2, 0.4]
+    assert _one(store, f"anomaly_ratio({x}, {y})") == statistics.anomaly_ratio(x, y) == 2 / 5
+    assert _one(store, f"anomaly_ratio_loss({x}, {y})") == statistics.anomaly_ratio(x, y, higher=False) == 1 / 5
+    low, high = statistics.kendall_ci(x, y)
+    assert _one(store, f"kendall_ci({x}, {y})") == {"low": low, "high": high}
+    assert _one(store, f"kendall_ci({x}, {y}).low") == low
+
+
+@pytest.mark.parametrize("name", ["anomaly_ratio", "anomaly_ratio_loss", "kendall_ci"])
+@pytest.mark.parametrize("lists", ["[1], [2]", "[], []", "NULL, [1, 2]", "[1, NULL], [NULL, 2]"])
+def test_what_is_not_defined_is_null(name: str, lists: str, store: Store) -> None:
+    """Fewer than two pairs or no list give NULL."""
+    assert _one(store, f"{name}({lists})") is None
+
+
+def test_functions_are_those_that_are_documented(store: Store) -> None:
+    """FUNCTIONS names every function of ours."""
+    query = "select distinct function_name from duckdb_functions()"
+    ours = set(store.sql(query).fetchall()) - set(duckdb.sql(query).fetchall())
+    assert {name for (name,) in ours} == {*FUNCTIONS, "over_seeds"}
 
 
 def test_lists_of_different_length_are_refused(store: Store) -> None:
