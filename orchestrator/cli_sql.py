@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.options import existing_store, output_options, put, store_option
+from orchestrator.options import existing_store, output_options, put, skipped, store_option, width
+from storage.errors import QueryError
 
 if TYPE_CHECKING:
-    from storage.confined import Done, Limits
+    import pyarrow as pa
+
+    from storage.confined import Limits
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -122,7 +124,7 @@ def query(
         raise click.UsageError("give the SQL, or --file FILE (or - for standard input)")
     text = _text_of(file) if file else str(sql)
     text = sys.stdin.read() if text == "-" else text
-    put(answer(store, text, form, limits, parameters), output)
+    put(answer(store, text, form, limits, parameters, width(output)), output)
 
 
 def _at_a_prompt(given: object, store: str, form: str, limits: Limits) -> None:
@@ -131,7 +133,10 @@ def _at_a_prompt(given: object, store: str, form: str, limits: Limits) -> None:
     if given:
         raise click.UsageError("at a prompt there is no SQL, --file, --param or -o beforehand")
     existing_store(store)
-    ask = partial(answer, store, limits=limits)
+
+    def ask(text: str, form: str) -> bytes:
+        return answer(store, text, form, limits, columns=width(None))
+
     converse(session(ask), ask, form)
 
 
@@ -142,31 +147,38 @@ def _text_of(file: Path) -> str:
         raise click.UsageError(f"cannot read {file}: {error}") from error
 
 
-def answer(location: str, sql: str, form: str, limits: Limits, parameters: dict[str, Any] | None = None) -> bytes:
-    """The answer to a query, rendered, of the store as it is now. Raises QueryError, StoreError."""
-    from storage.confined import confined
+def answer(
+    location: str,
+    sql: str,
+    form: str,
+    limits: Limits,
+    parameters: dict[str, Any] | None = None,
+    columns: int | None = None,
+) -> bytes:
+    """The answer to a query, rendered, of the store as it is now; a table for people is so many `columns` wide.
 
-    done = confined(lambda: _answer(location, sql, form, limits.memory, parameters or {}), limits)
+    Raises QueryError, StoreError.
+    """
+    from storage.confined import Done, confined
+
+    def work() -> Done:
+        from storage.sql import run_query
+
+        said: list[str] = []
+        store = existing_store(location)
+        table = run_query(store, sql, lambda problem: said.append(skipped(problem)), parameters, limits.memory)
+        return Done(_rendered(table, form, columns), tuple(said))
+
+    done = confined(work, limits)
     for line in done.said:
         click.echo(line, err=True)
     return done.answer
 
 
-def _answer(location: str, sql: str, form: str, memory: int, parameters: dict[str, Any]) -> Done:
-    from storage.confined import Done
-    from storage.errors import QueryError
+def _rendered(table: pa.Table, form: str, columns: int | None) -> bytes:
     from storage.formats import render
-    from storage.sql import run_query
 
-    said: list[str] = []
-    table = run_query(
-        existing_store(location),
-        sql,
-        lambda problem: said.append(f"warning: skipped {problem.file}: {problem.reason}"),
-        parameters,
-        memory,
-    )
     try:
-        return Done(render(table, form), tuple(said))
+        return render(table, form, columns)
     except OverflowError as error:  # DuckDB has dates that Python has not
         raise QueryError(f"a value of the answer cannot be written as {form}: {error}") from error

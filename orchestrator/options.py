@@ -82,13 +82,17 @@ def emit(table: pa.Table, form: str, output: Path | None) -> None:
     """Print a table, or write it to a file."""
     from storage.formats import render
 
-    # Lines that a terminal breaks cannot be read; a file or a pipe gets them whole.
-    width = shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
     try:
-        content = render(table, form, width)
+        content = render(table, form, width(output))
     except OverflowError as error:  # DuckDB has dates that Python has not
         raise UserError(f"a value of the answer cannot be written as {form}: {error}") from error
     put(content, output)
+
+
+def width(output: Path | None) -> int | None:
+    """How wide a table for people may be: lines that a terminal breaks cannot be read; a file or a pipe gets them
+    whole."""
+    return shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
 
 
 def put(content: bytes, output: Path | None) -> None:
@@ -121,7 +125,12 @@ def existing_store(location: str) -> Store:
 
 def warn(problem: Problem) -> None:
     """Tell of a file in rows/ that was skipped."""
-    click.echo(f"warning: skipped {problem.file}: {problem.reason}", err=True)
+    click.echo(skipped(problem), err=True)
+
+
+def skipped(problem: Problem) -> str:
+    """What there is to say of a file in rows/ that was skipped."""
+    return f"warning: skipped {problem.file}: {problem.reason}"
 
 
 def absolute(data_root: str) -> str:
