@@ -157,7 +157,7 @@ def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form:
     from orchestrator.progress import some
 
     if outcome.done:
-        emit_correlations(correlations(store, outcome.sweep), form, output)
+        emit_correlations(correlations(store, outcome.sweep)[0], form, output)
         click.echo(BEST_NOTE, err=True)
     for problem in outcome.problems:
         click.echo(f"problem: {problem}", err=True)

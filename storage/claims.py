@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from storage.statistics import association, p_values
+from storage.statistics.association import Correlation
 from storage.statistics.noise import noise_of
 from storage.statistics.picks import picks_of
 from storage.statistics.power import power_of
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from storage.correlate import CellData
 
 VALID_TAU, VALID_P = 0.2, 0.05
-"""arXiv 2412.00143: oracle pruning is valid in a cell with this |tau| at least, of the expected sign, and this p at most."""
+"""What arXiv 2412.00143 calls valid: this |tau| at least, of the expected sign, and this p at most."""
 
 _VERSION = 1
 """Raised when the same data give other numbers: what was kept counts no more."""
@@ -53,10 +54,29 @@ def claims(
     With `every_interval` Spearman and Pearson have intervals too. A cell asked about again is answered at once from
     `$XDG_CACHE_HOME/prunesweep/claims`, as long as its values are the same.
     """
-    found = [_kept(cell, x, y, resamples, every_interval) for cell in cells]
+    asked = Question(x, y, resamples, every_interval)
+    kept = [_kept(cell, asked) for cell in cells]
+    new = [cell for cell, claim in zip(cells, kept, strict=True) if claim is None]
+    # scipy correlates fifty cells in hardly more time than one.
+    correlations = association.correlations([(cell.columns[x], cell.columns[y]) for cell in new])
+    made = iter([_claim(cell, asked, found) for cell, found in zip(new, correlations, strict=True)])
+    found = [claim or next(made) for claim in kept]
+    for cell, claim, old in zip(cells, found, kept, strict=True):
+        if old is None:
+            _keep(cell, asked, claim)
     family = [one.p for one in found]
     adjusted = zip(found, p_values.holm(family), p_values.benjamini_hochberg(family), strict=True)
     return [replace(one, p_holm=holm, p_bh=bh) for one, holm, bh in adjusted]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a cell."""
+
+    x: str
+    y: str
+    resamples: int
+    every_interval: bool
 
 
 def lower_is_better(x: str) -> bool:
@@ -69,14 +89,14 @@ def expected_sign(x: str, y: str) -> int:
     return 1 if lower_is_better(x) == (not association.higher_is_better(y)) else -1
 
 
-def _claim(cell: CellData, x: str, y: str, resamples: int, every_interval: bool) -> Claim:
+def _claim(cell: CellData, asked: Question, found: Correlation) -> Claim:
+    x, y, resamples = asked.x, asked.y, asked.resamples
     keep, a, b = _values(cell, x, y)
     by_seed = cell.by_seed.get(y)
     replicates = by_seed[keep] if by_seed is not None else None
-    found = association.correlation(a, b)
     seed = seed_of(cell)
     p, method = p_values.kendall_p(a, b, found.kendall_p)
-    tau_interval, others = _intervals(a, b, resamples, seed, every_interval)
+    tau_interval, others = _intervals(a, b, resamples, seed, asked.every_interval)
     noise = noise_of(a, replicates, resamples, seed)
     sign = 1 if association.higher_is_better(y) else -1
     parts = resampled_parts(len(a), resamples, seed) if len(a) else ()
@@ -161,35 +181,39 @@ def settled(interval: Interval, sign: int) -> bool:
 # -- kept by content ------------------------------------------------------------------------------------
 
 
-def _kept(cell: CellData, x: str, y: str, resamples: int, every_interval: bool) -> Claim:
-    """`_claim`, from the file it was kept in if its values are the same; a cell and question have one file."""
-    if not resamples:
-        return _claim(cell, x, y, resamples, every_interval)
-    content = _content(cell, x, y, resamples, every_interval)
-    question = hashlib.sha256(f"{cell.cell_id} {x} {y} {every_interval}".encode()).hexdigest()[:32]
-    file = _folder() / f"{question}.json"
+def _kept(cell: CellData, asked: Question) -> Claim | None:
+    """The claim that was kept, if it is of the same values."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["content"] == content:
+        kept = json.loads(_file(cell, asked).read_text(encoding="utf-8"))
+        if kept["content"] == _content(cell, asked):
             return replace(_from_plain(kept["claim"]), title=cell.title, planned=cell.planned)
-    found = _claim(cell, x, y, resamples, every_interval)
+    return None
+
+
+def _keep(cell: CellData, asked: Question, claim: Claim) -> None:
+    """Write it down; a cache that cannot be written is none."""
+    file = _file(cell, asked)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"content": content, "claim": asdict(found)}), encoding="utf-8")
+        draft.write_text(json.dumps({"content": _content(cell, asked), "claim": asdict(claim)}), encoding="utf-8")
         draft.replace(file)
-    return found
+
+
+def _file(cell: CellData, asked: Question) -> Path:
+    """A cell and a question have one file, whatever the values: the cache does not grow with them."""
+    return _folder() / f"{cell.cell_id}-{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.json"
 
 
 def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / "claims"
 
 
-def _content(cell: CellData, x: str, y: str, resamples: int, every_interval: bool) -> str:
+def _content(cell: CellData, asked: Question) -> str:
     """A hash of all that a claim is made of."""
-    about = [_VERSION, cell.cell_id, x, y, resamples, every_interval, cell.seeds, cell.grows, cell.candidate]
+    about = [_VERSION, repr(asked), cell.seeds, cell.grows, cell.candidate]
     found = hashlib.sha256(json.dumps(about).encode())
-    for values in (cell.columns[x], cell.columns[y], cell.by_seed.get(y)):
+    for values in (cell.columns[asked.x], cell.columns[asked.y], cell.by_seed.get(asked.y)):
         found.update(b"none" if values is None else np.asarray(values, dtype=np.float64).tobytes())
     return found.hexdigest()
 

@@ -63,9 +63,11 @@ def cell_data(
     with views(store, report) as found:
         try:
             check_select(found.con, query)
-            lines = found.ask(_CHOSEN.format(names=names, query=query, sweep=quoted(sweep)), {*_SCANNED, *columns})
+            expected = {*_SCANNED, *columns}
+            lines = found.ask(_CHOSEN.format(names=names, query=query, sweep=quoted(sweep)), expected)
             measured = [name for name in dict.fromkeys(columns) if name in SCHEMA.names]
-            seeds = found.ask(_SEEDS.format(names=", ".join(["cell_id", "candidate", *measured]), sweep=quoted(sweep)))
+            each = ", ".join(["cell_id", "candidate", *measured])
+            seeds = found.ask(_SEEDS.format(names=each, sweep=quoted(sweep)), expected)
         except duckdb.Error as error:
             _check_columns(found.con, columns)
             raise QueryError(f"--where: {error}" if where else str(error)) from error
