@@ -97,6 +97,7 @@ def import_logs(
 ) -> Imported:
     """Write the rows that the logs have and the store has not, and the sweep they make. `document` is the spec whose
     cells the logs are of; its name is the sweep's. Raises UserError or QueryError, and then writes nothing."""
+    _check_name_is_free(store, document)
     logs = read_logs(paths)
     having = [log for log in logs if log.candidates]
     if not having:
@@ -124,6 +125,17 @@ def import_logs(
         without=tuple(log.name for log in logs if not log.candidates),
         stray=sum(log.stray for log in having),
     )
+
+
+def _check_name_is_free(store: Store, document: Document) -> None:
+    """Raise UserError where the sweep's name is that of a sweep that was run."""
+    name = load_spec(document).name
+    manifest = store.manifest(name)
+    if manifest is None:
+        return
+    recipes = store.plan_table(manifest, ["recipe"])["recipe"].unique().to_pylist()
+    if not all(Cell.from_json(recipe).dense.is_imported for recipe in recipes):
+        raise UserError(f"{name} is a sweep of {store.location} that was not imported: give another --name")
 
 
 def _record(store: Store, document: Document, tasks: Iterable[Tasks]) -> Manifest:

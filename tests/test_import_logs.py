@@ -28,7 +28,7 @@ from storage.records import Row
 from storage.reference_logs import LoggedCandidate, LoggedEpoch, ReferenceLog, Values, read_log
 from storage.schema import table_to_rows
 from storage.store import Store
-from tests.rows import tree
+from tests.rows import ORACLE, plan, tasks, tree
 
 CHECKPOINT = "./Experiments/dense-1/weights/ckpt_best.pth"
 ALL = list(combinations(range(10), 2))
@@ -415,6 +415,13 @@ def test_what_the_logs_leave_open_is_asked_for(here: Path, capsys: pytest.Captur
     assert "no candidate" in refused(capsys)
     write("record/a.txt", [measured(k) for k in (1, 2)])
     assert "may be of several cells: lenet5_mini mnist conv1 0.2" in refused(capsys)
+
+
+def test_a_sweep_that_was_run_is_not_replaced(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An import takes no name of a sweep of one's own."""
+    plan(Store("results"), "mine", tasks(ORACLE, 2))
+    assert "mine is a sweep of results that was not imported" in refused(capsys, "--name", "mine")
+    assert imports("--name", "theirs") == imports("--name", "theirs") == 0
 
 
 def test_fractions_in_place_of_percent_are_noticed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
