@@ -73,7 +73,15 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise click.UsageError(f"cannot write {output}: there is no folder {output.parent}")
         return command(*args, form=form, output=output, **options)
 
-    form = click.option("-f", "--format", "form", type=click.Choice(FORMATS), default="table", show_default=True)
+    form = click.option(
+        "-f",
+        "--format",
+        "form",
+        type=click.Choice(FORMATS),
+        default="table",
+        show_default=True,
+        help="table, markdown and latex (with booktabs) are rounded for people, the others exact.",
+    )
     output = click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file.")
     return form(output(checked))
 

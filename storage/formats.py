@@ -102,9 +102,10 @@ def shown(table: pa.Table) -> list[Shown]:
     while at < len(names):
         name, column, kind = names[at], table.column(at), table.schema.types[at]
         whole = name.removesuffix("_low")
-        if whole != name and names[at + 1 : at + 2] == [f"{whole}_high"] and pa.types.is_floating(kind):
-            pairs = zip(column.to_pylist(), table.column(at + 1).to_pylist(), strict=True)
-            found.append(Shown(f"{whole} 95 % interval", tuple(_interval(*pair) for pair in pairs), True))
+        floats = all(map(pa.types.is_floating, table.schema.types[at : at + 2]))
+        if whole != name and names[at + 1 : at + 2] == [f"{whole}_high"] and floats:
+            pairs = list(zip(column.to_pylist(), table.column(at + 1).to_pylist(), strict=True))
+            found.append(Shown(f"{whole} 95 % interval", _intervals(pairs), True))
             at += 2
             continue
         show = _p_value if _is_p(name) and pa.types.is_floating(kind) else _shown
@@ -160,20 +161,26 @@ def _p_value(value: float | None) -> str:
     return f"<{SMALL_P:g}" if value < SMALL_P else f"{value:.3g}"
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    """`[low, high]`, as exact as two significant digits of its width."""
+def _intervals(pairs: Sequence[tuple[float | None, float | None]]) -> tuple[str, ...]:
+    """`[low, high]` of each, all with as many digits as show two of the narrowest's width; one far narrower is passed
+    over."""
+    widths = [high - low for low, high in pairs if low is not None and high is not None]
+    needed = [1 - math.floor(math.log10(width)) for width in widths if math.isfinite(width) and width > 0]
+    digits = min(max(needed), min(needed) + 2, 12) if needed else 0
+    return tuple(_interval(low, high, max(0, digits)) for low, high in pairs)
+
+
+def _interval(low: float | None, high: float | None, digits: int) -> str:
     if _missing(low) and _missing(high):
         return "-"
-    width = math.nan if low is None or high is None else high - low
-    if not (math.isfinite(width) and width > 0):
+    if low is None or high is None or not (math.isfinite(high - low) and high > low):
         return f"[{_shown(low)}, {_shown(high)}]"
-    digits = min(12, max(0, 1 - math.floor(math.log10(width))))
     return f"[{_rounded(low, digits)}, {_rounded(high, digits)}]"
 
 
-def _rounded(value: float | None, digits: int) -> str:
+def _rounded(value: float, digits: int) -> str:
     """So many digits after the point, and no minus before a zero."""
-    return f"{value:.{digits}f}" if value is not None and round(value, digits) else f"{0:.{digits}f}"
+    return f"{value:.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
 
 def _markdown(text: str) -> str:

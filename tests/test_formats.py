@@ -171,6 +171,15 @@ def test_an_interval_is_as_exact_as_it_is_narrow(low: float | None, high: float 
     assert (column.name, column.texts, column.is_number) == ("x 95 % interval", (text,), True)
 
 
+def test_intervals_of_a_column_have_equally_many_digits() -> None:
+    """Those of the narrowest; but one far narrower does not make the others unreadable."""
+    low, high = [-0.612, -0.1612, math.nan], [0.4, 0.2512, math.nan]
+    assert shown(pa.table({"x_low": low, "x_high": high}))[0].texts == ("[-0.61, 0.40]", "[-0.16, 0.25]", "-")
+    narrow = pa.table({"x_low": [0.1, 0.5], "x_high": [0.4, 0.50000001]})
+    assert shown(narrow)[0].texts == ("[0.1000, 0.4000]", "[0.5000, 0.5000]")
+    assert [column.name for column in shown(pa.table({"x_low": [0.1], "x_high": ["b"]}))] == ["x_low", "x_high"]
+
+
 def test_latex_numbers_are_mathematics() -> None:
     """A minus is a minus, powers of ten are written out, and no line begins with what LaTeX takes for an argument."""
     lines = _text(CORR, "latex").splitlines()[1:]
