@@ -65,7 +65,7 @@ def cell_data(
             check_select(found.con, query)
             expected = {*_SCANNED, *columns}
             lines = found.ask(_CHOSEN.format(names=names, query=query, sweep=quoted(sweep)), expected)
-            measured = [name for name in dict.fromkeys(columns) if name in SCHEMA.names]
+            measured = [name for name in dict.fromkeys(columns) if name in SCHEMA.names and name != "candidate"]
             each = ", ".join(["cell_id", "candidate", *measured])
             seeds = found.ask(_SEEDS.format(names=each, sweep=quoted(sweep)), expected)
         except duckdb.Error as error:

@@ -91,10 +91,17 @@ _TEXTS = ("cell", "cell_id", "verdict", "p_method", "not_estimable")
 
 def corr_table(claims: Sequence[Claim], show: str = "cells") -> pa.Table:
     """One line per cell: the columns of SHOWN, or with `all` of all of them; what cannot be had is NaN."""
-    wanted = SHOWN[show] if show != "all" else {k: v for columns in SHOWN.values() for k, v in columns.items()}
+    wanted = SHOWN[show] if show != "all" else _all()
     columns = {"cell": lambda c: c.title, **wanted, "cell_id": lambda c: c.cell_id}
     arrays = [pa.array([value(c) for c in claims], _kind(name)) for name, value in columns.items()]
     return pa.Table.from_arrays(arrays, names=list(columns))
+
+
+def _all() -> _Columns:
+    """Every column once, those with an interval beside it."""
+    first = {name: SHOWN["cells"][name] for name in ("n", "planned", "seeds")}
+    rest = [SHOWN[show] for show in ("tests", "noise", "picks", "power", "cells")]
+    return first | {name: value for columns in rest for name, value in columns.items()}
 
 
 def _kind(name: str) -> pa.DataType:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from storage import statistics
-from storage.correlate import BESIDE, CellData, X, Y, cell_data, corr_table
+from storage.claims import claims
+from storage.correlate import BESIDE, CellData, X, Y, cell_data
 from storage.errors import QueryError
 from storage.records import Cell
 from storage.store import Problem, Store
+from storage.tables import SHOWN, corr_table, with_beside
 from tests.rows import L1, ORACLE, SAMPLED, SHA_A, SHA_B, done, failed, plan, tasks
 
 COLUMNS = (X, Y, BESIDE, "best_test_loss")
@@ -65,35 +67,42 @@ def test_a_cell_of_two_sweeps_is_seen_as_each_planned_it(store: Store) -> None:
 @pytest.mark.parametrize(("y", "higher"), [(Y, True), ("best_test_loss", False)])
 def test_the_table_is_the_statistics_of_the_cells(y: str, higher: bool, store: Store) -> None:
     """Every number of `corr` is the one of storage.statistics, over known candidates."""
-    table = corr_table(cell_data(store, "mini", COLUMNS), X, y)
+    cells = cell_data(store, "mini", COLUMNS)
+    table = corr_table(claims(cells, X, y), "all")
     assert table.column_names[:4] == ["cell", "n", "planned", "seeds"]
     for line, cell in zip(table.to_pylist()[:2], (ORACLE, SAMPLED), strict=True):
-        a, b, beside = (_means(cell, name) for name in (X, y, BESIDE))
+        a, b = (_means(cell, name) for name in (X, y))
         expected = statistics.correlation(a, b)
         assert (line["cell"], line["n"]) == (str(cell), SIZES[cell])
         assert (line["tau"], line["p"]) == pytest.approx((expected.kendall, expected.kendall_p))
-        assert (line["spearman"], line["spearman_p"]) == pytest.approx((expected.spearman, expected.spearman_p))
-        assert (line["pearson"], line["pearson_p"]) == pytest.approx((expected.pearson, expected.pearson_p))
+        assert line["spearman"], line["pearson"] == pytest.approx((expected.spearman, expected.pearson))
         assert line["anomaly_ratio"] == statistics.anomaly_ratio(a, b, higher=higher)
-        assert line["tau_last5"] == pytest.approx(statistics.kendall(a, beside)[0])
+
+
+def test_values_by_seed_are_in_the_order_of_the_candidates(store: Store) -> None:
+    """What the means are of stands beside them, for the columns that tasks have."""
+    for data, cell in zip(cell_data(store, "mini", (*COLUMNS, "best_test_loss_std")), SIZES, strict=True):
+        assert set(data.by_seed) == set(COLUMNS)
+        for name in COLUMNS:
+            assert data.by_seed[name].tolist() == VALUES[cell][name].tolist()
+        assert data.grows is (cell == SAMPLED)
 
 
 def test_the_column_beside_is_named_after_what_it_is(store: Store) -> None:
-    """`tau_last5` stands beside the optimistic best; another neighbour brings its own name, none brings none."""
-    cells = cell_data(store, "mini", COLUMNS)
-    assert corr_table(cells, X, Y, "best_test_loss").column_names[-2:] == ["tau_best_test_loss", "cell_id"]
-    assert corr_table(cells, X, Y, None).column_names[-2:] == ["anomaly_ratio", "cell_id"]
+    """`tau_last5` stands beside the optimistic best; another neighbour brings its own name."""
+    found = corr_table(claims(cell_data(store, "mini", COLUMNS), X, Y))
+    assert with_beside(found, [0.0] * 3, BESIDE).column_names[-2:] == ["tau_last5", "cell_id"]
+    assert with_beside(found, [0.0] * 3, "best_test_loss").column_names[-2:] == ["tau_best_test_loss", "cell_id"]
 
 
-def test_a_cell_of_one_candidate_or_none_is_nan(store: Store) -> None:
-    """What has too few candidates yet is a line of NaN, not a crash and not left out."""
-    for line in (
-        corr_table(cell_data(store, "mini", COLUMNS), X, Y).to_pylist()[2],
-        *corr_table(cell_data(store, "half", COLUMNS), X, Y).to_pylist(),
-    ):
+@pytest.mark.parametrize("show", [*SHOWN, "all"])
+def test_a_cell_of_one_candidate_or_none_is_nan(show: str, store: Store) -> None:
+    """What has too few candidates yet is a line of NaN in every table, not a crash and not left out."""
+    found = [claims(cell_data(store, sweep, COLUMNS), X, Y) for sweep in ("mini", "half")]
+    for line in corr_table([found[0][2], *found[1]], show).to_pylist():
         assert line["n"] == (1 if line["cell"] == str(L1) else 0)
-        assert all(math.isnan(value) for key, value in line.items() if isinstance(value, float))
-        assert sum(isinstance(value, float) for value in line.values()) == 8
+        assert all(math.isnan(value) for value in line.values() if isinstance(value, float))
+        assert not line.get("settled") and not line.get("verdict")
 
 
 def test_where_chooses_candidates(store: Store) -> None:
@@ -101,7 +110,8 @@ def test_where_chooses_candidates(store: Store) -> None:
     found = cell_data(store, "mini", COLUMNS, where="candidate in (1, 3, 5) and list_contains(layers, 'conv1')")
     assert [cell.candidate for cell in found] == [[1, 3, 5], [1, 3], []]
     assert found[0].columns[X] == pytest.approx([_means(ORACLE, X)[i] for i in (1, 3, 5)])
-    assert [line["n"] for line in corr_table(found, X, Y).to_pylist()] == [3, 2, 0]
+    assert [claim.n for claim in claims(found, X, Y)] == [3, 2, 0]
+    assert found[0].by_seed[Y].tolist() == VALUES[ORACLE][Y][[1, 3, 5]].tolist()
 
 
 @pytest.mark.parametrize("where", ["nosuch = 1", "candidate = ", "true; drop view rows", "true) --", "'{}' = 1 and %"])

@@ -141,7 +141,12 @@ def _weighted_r(counts: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     means = [np.einsum("bn,bn->b", counts, side) / n for side in (a, b)]
     a, b = (side - mean[:, None] for side, mean in zip((a, b), means, strict=True))
     moment = [np.einsum("bn,bn,bn->b", counts, *sides) for sides in ((a, b), (a, a), (b, b))]
-    return _ratio(moment[0], np.sqrt(moment[1] * moment[2]))
+    # Of equal values rounding leaves a little more than nothing.
+    spread = [
+        np.where(m > 1e-24 * n * np.abs(side).max(initial=0) ** 2, m, 0)
+        for m, side in zip(moment[1:], (a, b), strict=True)
+    ]
+    return _ratio(moment[0], np.sqrt(spread[0] * spread[1]))
 
 
 def jackknife_tau_interval(x: np.ndarray, y: np.ndarray) -> Interval:
