@@ -1,4 +1,4 @@
-"""query: asking a store in SQL. Neither torch nor ray is imported here."""
+"""query, export, diff: a store in SQL, in one file, and beside another. Neither torch nor ray is imported here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.options import existing_store, output_options, put, skipped, store_option, width
+from orchestrator.cli_corr import x_option, y_option
+from orchestrator.options import (
+    FOR_PEOPLE,
+    emit,
+    existing_store,
+    output_options,
+    put,
+    skipped,
+    store_option,
+    warn,
+    width,
+    write_file,
+)
 from storage.errors import QueryError
 
 if TYPE_CHECKING:
@@ -182,3 +194,100 @@ def _rendered(table: pa.Table, form: str, columns: int | None) -> bytes:
         return render(table, form, columns)
     except OverflowError as error:  # DuckDB has dates that Python has not
         raise QueryError(f"a value of the answer cannot be written as {form}: {error}") from error
+
+
+@click.command()
+@click.argument("sweep", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every task and sweep of the store.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="The file; its ending says what it is: .duckdb, .parquet, .csv.",
+)
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@store_option
+def export(sweep: str | None, everything: bool, output: Path, force: bool, store: str) -> None:
+    """Write SWEEP, or with --all the whole store, to one file.
+
+    .duckdb has the tables and the views: plain `duckdb FILE` opens it. kendall and the other functions of prunesweep
+    are not in it. .parquet and .csv have the row of each task; lists are JSON in CSV.
+
+    \b
+    prunesweep export digits -o digits.duckdb
+    prunesweep export digits -o digits.csv
+    prunesweep export --all -o store.parquet --force
+    """
+    from storage.export import export as write
+
+    if (sweep is None) != everything:
+        raise click.UsageError("give a SWEEP, or --all")
+    if not output.parent.is_dir():
+        raise click.UsageError(f"cannot write {output}: there is no folder {output.parent}")
+    written: list[int] = []
+    found = existing_store(store)
+    write_file(output, lambda: written.append(write(found, sweep, output, force=force, report=warn)))
+    click.echo(f"wrote {output}: {written[0]} {'row' if written[0] == 1 else 'rows'}", err=True)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--over", multiple=True, metavar="FIELD", help="What may differ: propagation, retrain.epochs, versions.")
+@click.option("--store-b", help="The store that B is in.  [default: the same]")
+@click.option(
+    "--what",
+    type=click.Choice(("summary", "rows", "cells")),
+    default="summary",
+    show_default=True,
+    help="How far each cell's rows moved; the rows that did; tau and verdict of each side.",
+)
+@x_option
+@y_option
+@store_option
+@output_options
+def diff(
+    a: str,
+    b: str,
+    over: tuple[str, ...],
+    store_b: str | None,
+    what: str,
+    x: str,
+    y: str,
+    store: str,
+    form: str,
+    output: Path | None,
+) -> None:
+    """What differs between sweeps A and B, or within one (A twice) over an axis of its grid.
+
+    Cells are matched that are the same but for --over; without it, but for what no cell of A has as any of B has it.
+    Their rows are matched by seed and candidate. A difference is b less a.
+
+    \b
+    prunesweep diff study study --over propagation
+    prunesweep diff study study --over propagation --what cells
+    prunesweep diff study study --store-b elsewhere --over versions --what rows
+    prunesweep diff monday tuesday -f csv
+    """
+    from storage.diff import Side, moved, paired, summary, verdicts
+
+    here = existing_store(store)
+    found = paired(Side(here, a), Side(existing_store(store_b) if store_b else here, b), over)
+    table = {"summary": summary, "rows": moved, "cells": verdicts}[what](found, x, y, warn)
+    if form in FOR_PEOPLE:
+        table = table.drop_columns([name for name in _IDS if name in table.column_names])
+    emit(table, form, output)
+    click.echo(_said(what, len(found.cells), table), err=True)
+
+
+_IDS = ("cell_a", "cell_b", "task_a", "task_b")
+
+
+def _said(what: str, cells: int, table: pa.Table) -> str:
+    pairs = f"{cells} {'pair' if cells == 1 else 'pairs'} of cells"
+    if what == "cells":
+        return f"{pairs}: {sum(table['changed'].to_pylist())} verdicts changed"
+    if what == "rows":
+        return f"{pairs}: {len(table)} rows moved"
+    return f"{pairs}; --what rows shows the rows that moved, --what cells the verdicts"
