@@ -140,15 +140,18 @@ def query(
 
 
 def _at_a_prompt(given: object, store: str, form: str, limits: Limits) -> None:
-    from orchestrator.prompt import converse, session
+    import storage.sql  # noqa: F401  # each question is asked by a copy of this process: once here, not once in each
+    from orchestrator.prompt import SHOWN, converse, session
 
     if given:
         raise click.UsageError("at a prompt there is no SQL, --file, --param or -o beforehand")
-    existing_store(store)
+    if form not in SHOWN:
+        raise click.UsageError(f"a prompt shows {', '.join(SHOWN)}")
 
     def ask(text: str, form: str) -> bytes:
         return answer(store, text, form, limits, columns=width(None))
 
+    ask("select 1", form)  # is there a store?
     converse(session(ask), ask, form)
 
 

@@ -41,7 +41,8 @@ HELP = "\n".join(
         "Ctrl-C clears the line, or stops what is asked. Tab completes. The arrows find what was asked before.",
     ]
 )
-_WORD = re.compile(r"\.?\w*")
+_BEFORE_A_VIEW = re.compile(r"\b(from|join|describe|summarize)\s+\w*$", re.IGNORECASE)
+_WORD = re.compile(r"(^\s*\.)?\w*$")
 
 
 def history_file() -> Path:
@@ -78,10 +79,11 @@ class Words(Completer):
     def get_completions(self, document: Document, complete_event: object) -> Iterator[Completion]:  # noqa: ARG002
         """The words that begin as the one before the cursor does."""
         before = document.text_before_cursor
-        start = document.get_word_before_cursor(pattern=_WORD)
+        found = _WORD.search(before)
+        start = found[0] if found else ""
         for word in dict.fromkeys(self._candidates(before)):
-            if word.lower().startswith(start.lower()) and word != start:
-                yield Completion(word, -len(start))
+            if word.lower().startswith(start.strip().lower()) and word != start.strip():
+                yield Completion(word, -len(start.strip()))
 
     def _candidates(self, before: str) -> Iterable[str]:
         line = before.lstrip()
@@ -91,13 +93,13 @@ class Words(Completer):
             return SHOWN
         if line.startswith("."):
             return [name.split()[0] for name in COMMANDS]
-        if not line or not re.search(r"\w$", before):
-            return self._views()
         columns = self._views()
+        if not line or _BEFORE_A_VIEW.search(before):
+            return columns
         named = set(re.findall(r"\w+", before)) & set(columns)
         mine = [name for view in columns if view in named for name in columns[view]]
         every = [name for names in columns.values() for name in names]
-        return [*mine, *columns, *every, *self._others]
+        return [*mine, *every, *columns, *self._others] if re.search(r"\w$", before) else mine
 
     def _views(self) -> Mapping[str, list[str]]:
         """view -> its columns, looked up once."""
