@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from storage.store import Store
 
 ALL_CELLS = "all cells"
+MOSTLY = 0.9
+"""A predictor that fewer of the candidates have is left out of a cell: the others would be judged by those few."""
 REAL = 0.05
 """A difference is real with at most this p, adjusted by Holm over the pairs of its cell."""
 
@@ -78,7 +80,8 @@ class _Part:
 
 def _measured(cell: CellData, y: str, wanted: Sequence[str], resamples: int) -> _Part:
     columns = {name: np.asarray(cell.columns[name], dtype=np.float64) for name in (*wanted, y)}
-    there = [name for name in wanted if np.isfinite(columns[name]).any()]
+    counts_of = {name: int(np.isfinite(columns[name]).sum()) for name in wanted}
+    there = [name for name in wanted if counts_of[name] > MOSTLY * max(counts_of.values())]
     keep = np.all([np.isfinite(columns[name]) for name in (*there, y)], axis=0)
     b, n = columns[y][keep], int(keep.sum())
     by_seed = cell.by_seed.get(y)

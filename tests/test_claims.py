@@ -87,6 +87,7 @@ def test_a_constant_side_is_nan_everywhere() -> None:
         numbers = (found.tau, found.p, found.spearman, found.spearman_p, found.pearson_p, found.noise.corrected)
         assert all(map(math.isnan, numbers)) and math.isnan(found.tau_interval.low)
         assert found.verdict == "" and not found.settled
+        assert math.isnan(found.picks.anomaly_ratio) and math.isnan(found.picks.regret)
 
 
 def test_a_second_look_is_read_and_new_values_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +218,8 @@ def test_the_bench_of_nothing_and_of_constants() -> None:
     flat = replace(_cell(), columns=_cell().columns | {"score_l1": [1.0] * 40})
     lines, pairs = bench([flat], Y, resamples=200)
     assert [line.name for line in lines] == [X, "score_l1"] and math.isnan(lines[1].tau)
+    rare = replace(_cell(), columns=_cell().columns | {"score_l1": [1.0, 2.0, *[None] * 38]})
+    assert [(line.name, line.n) for line in bench([rare], Y, resamples=200)[0]] == [(X, 40)]
     assert all(math.isnan(p.p_holm) for p in pairs)
     assert len(criteria_table(lines)) == 2 and len(differences_table(pairs)) == 1
 

@@ -128,6 +128,7 @@ def test_split_half_is_the_mean_over_all_halves() -> None:
     _, _, y = _values(12, 4, 1.0)
     singles = [kendall(y[:, a], y[:, b])[0] for a, b in combinations(range(3), 2)]
     assert split_half(y[:, :3]) == pytest.approx(np.mean(singles))
+    assert math.isfinite(split_half(np.random.default_rng(0).normal(size=(6, 24))))  # of millions of ways some
     halves = [((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))]
     pairs = [kendall(y[:, a].mean(1), y[:, b].mean(1))[0] for a, b in halves]
     assert split_half(y) == pytest.approx(np.mean(pairs))

@@ -100,7 +100,7 @@ def test_its_views(store: Store) -> None:
 
 def test_its_correlation(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     """`corr` gives the table it gave."""
-    code, out, _ = in_process(capsys, "corr", "old", "-f", "json")
+    code, out, _ = in_process(capsys, "corr", "old", "--show", "all", "-f", "json")
     (line,) = json.loads(out)
     assert code == 0
     assert {k: line[k] for k in ("cell", "cell_id", "n", "planned", "seeds", "tau", "anomaly_ratio", "tau_last5")} == {

@@ -29,9 +29,14 @@ def better_than_picked(x: np.ndarray, y: np.ndarray, *, higher: bool = True) -> 
 
 def anomaly_ratio(x: Sequence[Any], y: Sequence[Any], *, higher: bool = True) -> float:
     """Share of candidates strictly better in y than the one with the lowest x, which counts in the
-    denominator (arXiv 2412.00143). NaN with fewer than two candidates."""
+    denominator (arXiv 2412.00143). NaN with fewer than two candidates, or where x or y is constant."""
     a, b, _ = paired(x, y)
-    return float(better_than_picked(a, b, higher=higher).mean()) if len(a) > 1 else NAN
+    return float(better_than_picked(a, b, higher=higher).mean()) if _differ(a, b) else NAN
+
+
+def _differ(*sides: np.ndarray) -> bool:
+    """Whether there is anything to pick by, and anything to win."""
+    return all(len(side) > 1 and np.ptp(side) > 0 for side in sides)
 
 
 def picks_of(
@@ -45,7 +50,7 @@ def picks_of(
     """What picking the lowest x [n] costs in y [n], of which more is better; `by_seed` is y [n, seeds], `noise_std` the
     noise of a mean over them (NaN: not known), `parts` the resamples that the intervals are of, [some, n] each."""
     n = len(x)
-    if n < 2:
+    if not _differ(x, y):
         return Picks()
     picked, top = lowest(x), max(round(TOP_SHARE * n), 1)
     draws = [_resampled_picks(x, y, counts) for counts in parts if len(counts)]
