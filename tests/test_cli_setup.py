@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,6 @@ from orchestrator.cli import main
 from orchestrator.documents import Document
 from orchestrator.spec import load_spec
 from orchestrator.study import study_names
-from storage.correlate import CellData, X, Y
-from storage.figures.plain import scatter
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -72,19 +68,3 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, out, _ = run(capsys, "doctor", "--store", str(tmp_path / "file" / "x"), "-f", "json")
     assert code == 5 and {line["check"]: line["result"] for line in json.loads(out)}["store"] == "bad"
-
-
-def test_the_figure_says_what_the_table_says(tmp_path: Path) -> None:
-    """tau, p, n and the anomaly ratio are written in; colours count: two better (red), one other, one star."""
-    values: dict[str, list[float | None]] = {X: [0.1, 0.2, 0.3, 0.4, math.nan], Y: [0.7, 0.9, 0.6, 0.8, 0.5]}
-    cell = CellData("id", "lenet5_mini digits conv1 0.2 oracle", [0, 1, 2, 3, 4], values, 5, 2)
-    scatter([cell], X, Y, tmp_path / "one.svg")
-    text = (tmp_path / "one.svg").read_text()
-    assert "Kendall tau 0.000 (p = 1, n = 4), anomaly ratio 50.0%" in text
-    assert "Pruned train loss" in text and "picked on the test set" in text
-    # The pick is green under its star; each colour once more in the legend.
-    marks = {colour: len(re.findall(f"<use[^>]*{colour}", text)) for colour in ("#d62728", "#2ca02c", "#1f4fd8")}
-    assert marks == {"#d62728": 2 + 1, "#2ca02c": 2 + 1, "#1f4fd8": 1 + 1}
-    for suffix in (".png", ".pdf"):
-        scatter([cell] * 4, X, Y, tmp_path / f"four{suffix}")
-        assert (tmp_path / f"four{suffix}").stat().st_size > 5000

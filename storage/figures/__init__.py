@@ -18,7 +18,7 @@ from storage.figures import files, look, parallel, scatter, taus
 from storage.figures.data import KINDS, FigureData, possible, why_not
 from storage.figures.look import WIDTHS
 
-__all__ = ["FILES", "KINDS", "WIDTHS", "FigureData", "draw", "possible", "save", "svg", "why_not"]
+__all__ = ["FILES", "KINDS", "WIDTHS", "FigureData", "draw", "html", "possible", "save", "svg", "why_not"]
 
 FILES = (".png", ".pdf", ".svg", ".html")
 
@@ -36,21 +36,34 @@ _PAGES: dict[str, Callable[[FigureData, float, float], list[Any]]] = {
 def draw(kind: str, data: FigureData, *, width: float = WIDTHS["two"], height: float = inf) -> list[Any]:
     """A kind (one of KINDS) as matplotlib figures, `width` inches wide; more than one where it is higher than
     `height` inches. Raises QueryError for a kind that the data cannot give, naming those it can."""
-    reason = why_not(kind, data)
-    if reason:
-        raise QueryError(f"no {kind} of sweep {data.sweep}: {reason}. {_instead(data)}")
+    _check(kind, data)
     with look.style():
         return _PAGES[kind](data, width, height)
 
 
-def _instead(data: FigureData) -> str:
-    kinds = possible(data)
-    return f"It can give: {', '.join(kinds)}" if kinds else "No kind can be drawn of it yet"
+def _check(kind: str, data: FigureData) -> None:
+    reason = why_not(kind, data)
+    if reason:
+        kinds = possible(data)
+        can = f"It can give: {', '.join(kinds)}" if kinds else "No kind can be drawn of it yet"
+        raise QueryError(f"no {kind} of sweep {data.sweep}: {reason}. {can}")
+
+
+def html(kind: str, data: FigureData) -> str:
+    """A kind as an HTML document, to look at closely; plotly is within it, and it needs no network. Hovering tells
+    candidate, removed filters (`data.removed`) and the values of each seed. Raises QueryError as `draw`."""
+    from storage.figures import web
+
+    _check(kind, data)
+    return web.page(kind, data)
 
 
 def save(kind: str, data: FigureData, path: Path, *, width: float = WIDTHS["two"]) -> None:
     """Write a kind to a file; its ending is one of FILES. A .pdf has as many pages as it takes, the others are as
     high as it takes. Raises QueryError as `draw`, and OSError."""
+    if path.suffix == ".html":
+        path.write_text(html(kind, data), encoding="utf-8")
+        return
     figures = draw(kind, data, width=width, height=look.PAGE if path.suffix == ".pdf" else inf)
     with look.style():
         files.save(figures, path)

@@ -13,7 +13,6 @@ from storage.correlate import CellData
 from storage.figures import words
 from storage.figures.words import Value
 from storage.records import Cell
-from storage.statistics import paired
 from storage.statistics.records import Claim, EarlyEpoch, Predictor
 
 KINDS = ("scatter", "heatmap", "ratio-curve", "forest", "criteria", "early", "parcoords")
@@ -71,17 +70,22 @@ class FigureData:
         return words.words(line, axes) if self.varying else ""
 
     @cached_property
-    def ordered(self) -> list[Claim]:
-        """The claims that say something (two candidates or more), in the order of the grid."""
+    def every(self) -> list[Claim]:
+        """The claims in the order of the grid."""
         place = {cell_id: i for i, cell_id in enumerate(self.values)}
-        return sorted((c for c in self.claims if c.n > 1), key=lambda c: place[c.cell_id])
+        return sorted(self.claims, key=lambda claim: place[claim.cell_id])
+
+    @cached_property
+    def ordered(self) -> list[Claim]:
+        """Those that say something, over two candidates or more."""
+        return [claim for claim in self.every if claim.n > 1]
 
 
 def points(cell: CellData, x: str, y: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, y and the candidates' numbers of those that have both, each [n]."""
-    a, b, _ = paired(cell.columns[x], cell.columns[y])
-    both = np.asarray(cell.columns[x], float), np.asarray(cell.columns[y], float)
-    return a, b, np.asarray(cell.candidate)[np.isfinite(both[0]) & np.isfinite(both[1])]
+    """x and y of the candidates that have both, and their places among the cell's, each [n]."""
+    a, b = np.asarray(cell.columns[x], float), np.asarray(cell.columns[y], float)
+    place = np.flatnonzero(np.isfinite(a) & np.isfinite(b))
+    return a[place], b[place], place
 
 
 # -- what can be drawn ------------------------------------------------------------------------------------

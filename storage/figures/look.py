@@ -95,6 +95,8 @@ def sheet(panels: int, width: float, least: float, height: float, **shared: Any)
     grid = list(made.subplots(down, across, squeeze=False, **shared).flat)
     for unused in grid[panels:]:
         unused.set_axis_off()
+    for lowest in grid[max(panels - across, 0) : panels]:
+        lowest.tick_params(labelbottom=True)
     return made, grid[:panels]
 
 
@@ -104,29 +106,29 @@ def title(figure: Any, text: str) -> None:
         figure.suptitle(words.wrapped(text, characters(figure.get_figwidth() - 0.1, 7.5)), fontsize=7.5)
 
 
-def panel_title(panel: Any, name: str, facts: Iterable[str], inches: float) -> None:
+def panel_title(panel: Any, name: str, facts: Iterable[str], inches: float, pad: float = 4) -> None:
     """The panel's name and, below, what is known of it, in lines no wider than the panel."""
     room = characters(inches, 6.5)
     below = words.filled(facts, room)
-    panel.set_title(words.wrapped(name, room) + (f"\n{below}" if below else ""), loc="left", fontsize=6.5)
+    panel.set_title(words.wrapped(name, room) + (f"\n{below}" if below else ""), loc="left", fontsize=6.5, pad=pad)
 
 
 def labels(figure: Any, x: str, y: str, handles: Sequence[Any] = ()) -> None:
     """One label for each side of a sheet, and below them one legend for all panels."""
     width, height = figure.get_figwidth(), figure.get_figheight()
-    below = _legend(figure, handles, width) if handles else 0.0
-    # The layout keeps room for label and legend, but puts both at the bottom.
-    figure.supxlabel(words.wrapped(x, characters(width, 7.5)), fontsize=7.5, y=(below + 0.04) / height)
+    # The layout keeps room for label or legend, whichever is higher, and puts both below: empty lines part them.
+    lines = _legend(figure, handles, width) if handles else 0
+    figure.supxlabel(words.wrapped(x, characters(width, 7.5)) + "\n" * lines, fontsize=7.5)
     if y:
         figure.supylabel(words.wrapped(y, characters(height - 0.6, 7.5)), fontsize=7.5)
 
 
-def _legend(figure: Any, handles: Sequence[Any], inches: float) -> float:
-    """The legend below all panels; its height in inches."""
+def _legend(figure: Any, handles: Sequence[Any], inches: float) -> int:
+    """The legend below all panels; its height in lines of a label."""
     room, texts = characters(inches - 0.1, 6.5), [len(str(handle.get_label())) + 7 for handle in handles]
     across = next(n for n in range(len(texts), 0, -1) if n == 1 or n * max(texts) <= room)
     figure.legend(handles=list(handles), loc="outside lower center", ncols=across, handlelength=1.6, columnspacing=1.2)
-    return ceil(len(texts) / across) * 0.135 + 0.07
+    return ceil((ceil(len(texts) / across) * 0.135 + 0.07) / 0.125)
 
 
 def needs_log(values: np.ndarray) -> bool:
@@ -151,9 +153,7 @@ def log_axis(panel: Any, side: str = "x") -> None:
 def percent_axis(panel: Any, column: str, side: str = "y") -> None:
     """Percent where the column is a share."""
     if words.is_share(column):
-        from matplotlib.ticker import PercentFormatter
-
-        (panel.xaxis if side == "x" else panel.yaxis).set_major_formatter(PercentFormatter(1.0))
+        (panel.xaxis if side == "x" else panel.yaxis).set_major_formatter(lambda at, _: f"{round(100 * at, 6):g}%")
 
 
 def common_limits(spans: Sequence[tuple[float, float]]) -> tuple[float, float] | None:

@@ -44,7 +44,7 @@ def _page(data: FigureData, found: list[tuple[CellData, list[str]]], width: floa
         drawn = lines if len(lines) <= MANY else lines[np.linspace(0, len(lines) - 1, MANY).round().astype(int)]
         part = "" if len(drawn) == len(lines) else f", {len(drawn)} of them drawn, evenly by the rank of y"
         image = _lines(panel, drawn, columns, lines)
-        look.panel_title(panel, data.name(cell.cell_id), [f"n = {len(lines)}{part}"], width - 0.8)
+        look.panel_title(panel, data.name(cell.cell_id), [f"n = {len(lines)}{part}"], width - 0.8, pad=14)
         _ends(panel, lines, columns, width)
         bar = figure.colorbar(image, ax=panel, fraction=0.03, pad=0.02, aspect=14)
         bar.outline.set_visible(False)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from storage import statistics
+from storage.claims import lower_is_better
 from storage.correlate import CellData
 from storage.figures import look, words
 from storage.figures.data import FigureData, points
@@ -16,25 +17,37 @@ from storage.statistics.records import Claim
 MANY = 5_000
 """Candidates of a cell above which they are shown by their density."""
 
-LABELS = ("lowest loss: the oracle's pick", "better than the pick", "not better")
+
+FEW = 80
+"""Candidates of a cell up to which each has a bar for the spread over its seeds."""
+
+
+def labels(x: str) -> tuple[str, str, str]:
+    """What the three marks mean."""
+    pick = "lowest loss: the oracle's pick" if x == "pruned_train_loss" else f"the pick by {words.short(x)}"
+    return pick, "better than the pick", "not better"
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """The points of a cell: x and y [n], the candidates' numbers, which are better than the picked one."""
+    """The points of a cell: x and y [n], the candidates' numbers, which are better than the picked one; y of each
+    seed, [n, seeds], where that is known."""
 
     x: np.ndarray
     y: np.ndarray
     candidate: np.ndarray
     better: np.ndarray
     picked: int
+    seeds: np.ndarray | None = None
 
 
 def cloud(cell: CellData, x: str, y: str) -> Cloud:
-    """The cell's points; the picked one is that of lowest x, ties to the lowest number."""
-    a, b, candidate = points(cell, x, y)
-    better = statistics.better_than_picked(a, b, higher=statistics.higher_is_better(y))
-    return Cloud(a, b, candidate, better, statistics.lowest(a))
+    """The cell's points; the picked one is that of lowest loss or score, ties to the lowest number."""
+    a, b, place = points(cell, x, y)
+    turned = a if lower_is_better(x) else -a
+    better = statistics.better_than_picked(turned, b, higher=statistics.higher_is_better(y))
+    seeds = cell.by_seed[y][place] if y in cell.by_seed else None
+    return Cloud(a, b, np.asarray(cell.candidate)[place], better, statistics.lowest(turned), seeds)
 
 
 def clouds(data: FigureData) -> list[tuple[Claim, Cloud]]:
@@ -84,15 +97,17 @@ def _page(
         for limits, put in zip(sides, (panel.set_xlim, panel.set_ylim), strict=True):
             put(limits) if limits else None
         (_density if len(found.x) > MANY else _dots)(panel, found, inches, log)
+        _spread(panel, found)
         _cross(panel, found)
         look.panel_title(panel, data.name(claim.cell_id), words.facts(claim), inches)
         if log:
             look.log_axis(panel)
         look.percent_axis(panel, data.y)
         panel.locator_params(axis="y", nbins=6)
-    look.title(figure, data.common)
+    tall_sheet = figure.get_figheight() > look.PAGE
+    look.title(figure, data.common + (f"\n{words.name(data.y)}\nagainst {words.short(data.x)}" if tall_sheet else ""))
     below = words.name(data.x) + (" (log scale)" if log else "")
-    look.labels(figure, below, words.name(data.y), _handles(any(len(found.x) > MANY for _, found in part)))
+    look.labels(figure, below, words.name(data.y), _handles(data.x, [found for _, found in part]))
     return figure
 
 
@@ -113,6 +128,15 @@ def _dots(panel: Any, found: Cloud, inches: float, log: bool) -> None:
         )
 
 
+def _spread(panel: Any, found: Cloud) -> None:
+    """One standard deviation over seeds to either side, where that does not hide the points."""
+    if found.seeds is not None and found.seeds.shape[1] > 1 and len(found.x) <= FEW:
+        around = np.nanstd(found.seeds, axis=1, ddof=1)
+        panel.errorbar(
+            found.x, found.y, yerr=around, fmt="none", ecolor=look.FAINT, elinewidth=0.5, alpha=0.4, zorder=0
+        )
+
+
 def _density(panel: Any, found: Cloud, inches: float, log: bool) -> None:
     """Hexagons, darker where more candidates are; red above the pick, green elsewhere, on one logarithmic scale."""
     from matplotlib.colors import LogNorm
@@ -120,10 +144,10 @@ def _density(panel: Any, found: Cloud, inches: float, log: bool) -> None:
     across = max(20, int(inches * 22))
     x = np.log10(found.x) if log else found.x
     extent = (*_span(x), *_span(found.y))
-    norm = LogNorm(1, max(10.0, len(x) / across))
+    norm = LogNorm(1, 10)
     for chosen, colour in ((~found.better, look.OTHERS), (found.better, look.BETTER)):
         if chosen.any():
-            panel.hexbin(
+            made = panel.hexbin(
                 found.x[chosen],
                 found.y[chosen],
                 gridsize=(across, max(12, int(across * 0.45))),
@@ -135,6 +159,7 @@ def _density(panel: Any, found: Cloud, inches: float, log: bool) -> None:
                 xscale="log" if log else "linear",
                 rasterized=True,
             )
+            norm.vmax = max(norm.vmax or 0, float(made.get_array().max()))
 
 
 def _span(values: np.ndarray) -> tuple[float, float]:
@@ -157,12 +182,17 @@ def _cross(panel: Any, found: Cloud) -> None:
     panel.scatter([x], [y], s=70, marker="*", color=look.PICKED, zorder=5, linewidths=0)
 
 
-def _handles(density: bool) -> list[Any]:
+def _handles(x: str, found: list[Cloud]) -> list[Any]:
     from matplotlib.lines import Line2D
 
+    density = any(len(one.x) > MANY for one in found)
     marks = (("*", look.PICKED, 8), ("^", look.BETTER, 4), ("o", look.OTHERS, 4))
-    names = [*LABELS[:1], *(f"{label} (darker: more)" if density else label for label in LABELS[1:])]
-    return [
+    pick, *others = labels(x)
+    names = [pick, *(f"{label} (darker: more)" if density else label for label in others)]
+    made = [
         Line2D([], [], marker="h" if density and mark != "*" else mark, color=colour, linestyle="", ms=size, label=text)
         for (mark, colour, size), text in zip(marks, names, strict=True)
     ]
+    spread = any(one.seeds is not None and one.seeds.shape[1] > 1 and len(one.x) <= FEW for one in found)
+    bar = Line2D([], [], marker="|", ms=8, mew=0.5, color=look.FAINT, linestyle="", label="SD over seeds")
+    return [*made, bar] if spread else made

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from storage.claims import VALID_TAU, expected_sign
 from storage.figures import look, words
 from storage.figures.arranged import Line, Table, heatmap_axes, lines, tables
 from storage.figures.data import FigureData
-from storage.statistics import higher_is_better
 from storage.statistics.records import Claim, EarlyEpoch, Interval, Predictor
 
 ALPHA = 0.05
@@ -20,17 +20,19 @@ SIGNIFICANT = f"* Holm-adjusted p ≤ {ALPHA}"
 ROW = 0.17
 """Inches that a line of a forest takes."""
 
+FIGURE_SPACE = "\N{FIGURE SPACE}"
+
 _LINE = {"linewidth": 0.8, "linestyle": "--", "color": look.FAINT, "zorder": 0}
 
 
-def limit(y: str) -> float:
-    """The paper's limit of a valid cell: tau of -0.2 where more of y is better, else 0.2."""
-    return -0.2 if higher_is_better(y) else 0.2
+def limit(data: FigureData) -> float:
+    """The paper's limit of a valid cell: tau of -0.2, and 0.2 where x and y are expected to rise together."""
+    return expected_sign(data.x, data.y) * VALID_TAU
 
 
 def ceiling_of(claim: Claim) -> float:
     """The noise ceiling on the side where a valid tau lies; NaN where not estimable."""
-    return -claim.noise.ceiling if higher_is_better(claim.y) else claim.noise.ceiling
+    return expected_sign(claim.x, claim.y) * claim.noise.ceiling
 
 
 def tau_label(data: FigureData) -> str:
@@ -50,7 +52,7 @@ def heatmap(data: FigureData, width: float, height: float) -> list[Any]:
     """tau over two axes of the grid, a panel for each combination of the others."""
     del height
     found = tables(data)
-    most = _most(data)
+    darkest = most(data)
     side = max(len(str(value)) for value in found[0].rows) * 6.5 * look.CHARACTER / 72
     least = max(1.6, min(side, 1.6) + 0.5 + 0.42 * len(found[0].columns))
     across = look.columns(len(found), width, least)
@@ -58,7 +60,7 @@ def heatmap(data: FigureData, width: float, height: float) -> list[Any]:
     inches = width / across - 0.3
     image = None
     for panel, table in zip(panels, found, strict=True):
-        image = _table(panel, table, most, inches - min(side, 1.6))
+        image = _table(panel, table, darkest, inches - min(side, 1.6))
         if table.name:
             look.panel_title(panel, table.name, (), inches - 0.6)
     down, over = heatmap_axes(data)
@@ -71,10 +73,15 @@ def heatmap(data: FigureData, width: float, height: float) -> list[Any]:
 
 
 def _table_height(table: Table, named: bool) -> float:
-    return max(0.26 * len(table.rows), 0.5) + 0.42 + (0.2 if named else 0)
+    lines = max(name.count("\n") for name in _row_names(table)) + 1
+    return max(max(0.26, 0.12 * lines + 0.06) * len(table.rows), 0.9) + 0.42 + (0.2 if named else 0)
 
 
-def _most(data: FigureData) -> float:
+def _row_names(table: Table) -> list[str]:
+    return [words.wrapped(f"{value:g}" if words.is_number(value) else f"{value}", 30) for value in table.rows]
+
+
+def most(data: FigureData) -> float:
     """The |tau| with the darkest colour: the greatest, in steps of 0.1, 0.3 at least."""
     return max([0.3, *(float(np.ceil(abs(c.tau) * 10) / 10) for c in data.ordered if isfinite(c.tau))])
 
@@ -96,18 +103,22 @@ def _table(panel: Any, table: Table, most: float, inches: float) -> Any:
     labels = [f"{value:g}" if words.is_number(value) else str(value) for value in table.columns]
     long = any(len(label) > each for label in labels)
     panel.set_xticks(range(len(labels)), labels, rotation=45 if long else 0, ha="right" if long else "center")
-    panel.set_yticks(range(len(table.rows)), [words.wrapped(f"{value}", 30) for value in table.rows])
+    panel.set_yticks(range(len(table.rows)), _row_names(table))
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     return image
 
 
+def marked(claim: Claim) -> str:
+    """tau, with a star where it is significant; empty where there is none."""
+    return words.number(claim.tau) + ("*" if claim.p_holm <= ALPHA else "") if isfinite(claim.tau) else ""
+
+
 def _value(panel: Any, x: int, y: int, claim: Claim, field: tuple[float, ...]) -> None:
     """Black or white, whichever reads on the field's colour."""
     light = 0.299 * field[0] + 0.587 * field[1] + 0.114 * field[2]
-    mark = "*" if claim.p_holm <= ALPHA else ""
     ink = "black" if light > 0.5 else "white"
-    panel.text(x, y, words.number(claim.tau) + mark, ha="center", va="center", color=ink, fontsize=6.5)
+    panel.text(x, y, marked(claim), ha="center", va="center", color=ink, fontsize=6.5)
 
 
 def _hatched(panel: Any, x: int, y: int) -> None:
@@ -129,7 +140,7 @@ def ratio_curve(data: FigureData, width: float, height: float) -> list[Any]:
     figure, panels = look.sheet(len(panels_of), width, 2.2, tall, sharex=True, sharey=True)
     inches = width / look.columns(len(panels_of), width, 2.2) - 0.5
     for panel, name in zip(panels, panels_of, strict=True):
-        _limits(panel, data.y)
+        _limits(panel, data)
         for line in found:
             if line.panel == name:
                 _curve(panel, line, look.COLOURS[names.index(line.name) % len(look.COLOURS)])
@@ -137,13 +148,13 @@ def ratio_curve(data: FigureData, width: float, height: float) -> list[Any]:
             look.panel_title(panel, name, (), inches)
     look.title(figure, data.common)
     some = any(isfinite(claim.noise.ceiling) for line in found for claim in line.claims)
-    look.labels(figure, "pruning ratio", tau_label(data), _curve_handles(names, some, data.y))
+    look.labels(figure, "pruning ratio", tau_label(data), _curve_handles(names, some, data))
     return [figure]
 
 
-def _limits(panel: Any, y: str) -> None:
+def _limits(panel: Any, data: FigureData) -> None:
     panel.axhline(0, color=look.FAINT, linewidth=0.6, zorder=0)
-    panel.axhline(limit(y), **{**_LINE, "linestyle": ":"})
+    panel.axhline(limit(data), **{**_LINE, "linestyle": ":"})
 
 
 def _curve(panel: Any, line: Line, colour: str) -> None:
@@ -155,7 +166,7 @@ def _curve(panel: Any, line: Line, colour: str) -> None:
     panel.set_xticks(line.ratios if len(line.ratios) <= 7 else panel.get_xticks())
 
 
-def _curve_handles(names: list[str], ceiling: bool, y: str) -> list[Any]:
+def _curve_handles(names: list[str], ceiling: bool, data: FigureData) -> list[Any]:
     from matplotlib.lines import Line2D
 
     made = [
@@ -164,13 +175,13 @@ def _curve_handles(names: list[str], ceiling: bool, y: str) -> list[Any]:
     ]
     if ceiling:
         made.append(Line2D([], [], lw=0.8, linestyle="--", color=look.FAINT, label="noise ceiling"))
-    return [*made, _paper_handle(y)]
+    return [*made, _paper_handle(data)]
 
 
-def _paper_handle(y: str) -> Any:
+def _paper_handle(data: FigureData) -> Any:
     from matplotlib.lines import Line2D
 
-    text = f"τ = {words.number(limit(y), 1)}, the paper's limit"
+    text = f"τ = {words.number(limit(data), 1)}, the paper's limit"
     return Line2D([], [], lw=0.8, linestyle=":", color=look.FAINT, label=text)
 
 
@@ -179,15 +190,15 @@ def _paper_handle(y: str) -> Any:
 
 def forest(data: FigureData, width: float, height: float) -> list[Any]:
     """tau with its interval, cell by cell in the order of the grid, with n and p."""
-    found = data.ordered
+    found = data.every
     full = max(1, int((height - 1.2) / ROW)) if isfinite(height) else len(found)
-    span = _tau_span(found, data.y)
+    span = _tau_span(found, data)
     return [_forest(data, found[i : i + full], width, span) for i in range(0, len(found), full)]
 
 
-def _tau_span(found: Sequence[Claim], y: str) -> tuple[float, float]:
+def _tau_span(found: Sequence[Claim], data: FigureData) -> tuple[float, float]:
     ends = [v for c in found for v in (c.tau, c.tau_interval.low, c.tau_interval.high, ceiling_of(c)) if isfinite(v)]
-    low, high = min([0.0, limit(y), *ends]), max([0.0, limit(y), *ends])
+    low, high = min([0.0, limit(data), *ends]), max([0.0, limit(data), *ends])
     margin = 0.04 * (high - low)
     return low - margin, high + margin
 
@@ -197,20 +208,20 @@ def _forest(data: FigureData, found: Sequence[Claim], width: float, span: tuple[
     names = [words.wrapped(data.name(claim.cell_id), room) for claim in found]
     heights = [1 + 0.75 * name.count("\n") for name in names]
     places = np.cumsum([0.0, *[(a + b) / 2 for a, b in pairwise(heights)]])
-    figure = look.figure(width, ROW * sum(heights) + 1.2)
+    figure = look.figure(width, ROW * (sum(heights) + 1) + 1.1)
     panel = figure.subplots()
     for place, claim in zip(places, found, strict=True):
         _bar(panel, claim, float(place))
     panel.axvline(0, color=look.FAINT, linewidth=0.6, zorder=0)
-    panel.axvline(limit(data.y), **{**_LINE, "linestyle": ":"})
+    panel.axvline(limit(data), **{**_LINE, "linestyle": ":"})
     panel.set_xlim(*span)
-    panel.set_ylim(places[-1] + heights[-1] / 2 + 0.1, -heights[0] / 2 - 0.1)
+    panel.set_ylim(places[-1] + heights[-1] / 2 + 0.1, -heights[0] / 2 - 1)
     panel.set_yticks(places, names)
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
-    _aside(panel, places, found)
+    _aside(panel, places, heights, found)
     look.title(figure, data.common)
-    look.labels(figure, tau_label(data), "", _forest_handles(found, data.y))
+    look.labels(figure, tau_label(data), "", _forest_handles(found, data))
     return figure
 
 
@@ -223,20 +234,20 @@ def _bar(panel: Any, claim: Claim, place: float) -> None:
         panel.plot([ceiling_of(claim)], [place], "|", ms=7, mew=1.2, color=look.INK)
 
 
-def _aside(panel: Any, places: Any, found: Sequence[Claim]) -> None:
-    """n and p at the side, as a second set of labels."""
+def _aside(panel: Any, places: Any, heights: Sequence[float], found: Sequence[Claim]) -> None:
+    """n and p at the side, as a second set of labels under a head."""
     side = panel.secondary_yaxis("right")
     p = [words.p_value(claim.p).removeprefix("p ").removeprefix("= ") for claim in found]
-    width = max(len(str(claim.n)) for claim in found)
-    side.set_yticks(
-        places, [f"{str(c.n).rjust(width, chr(0x2007))}   {text}" for c, text in zip(found, p, strict=True)]
-    )
+    room = max(len(str(claim.n)) for claim in found)
+    numbers = [str(claim.n).rjust(room, FIGURE_SPACE) for claim in found]
+    head = "n".rjust(room, FIGURE_SPACE)
+    texts = [f"{n}   {text}" for n, text in zip([head, *numbers], ["p", *p], strict=True)]
+    side.set_yticks([-heights[0] / 2 - 0.6, *places], texts)
     side.tick_params(length=0)
     side.spines["right"].set_visible(False)
-    panel.set_title("n   p".rjust(1), loc="right", fontsize=6.5)
 
 
-def _forest_handles(found: Sequence[Claim], y: str) -> list[Any]:
+def _forest_handles(found: Sequence[Claim], data: FigureData) -> list[Any]:
     from matplotlib.lines import Line2D
 
     shown = {claim.verdict for claim in found}
@@ -247,7 +258,7 @@ def _forest_handles(found: Sequence[Claim], y: str) -> list[Any]:
     ]
     if any(isfinite(claim.noise.ceiling) for claim in found):
         made.append(Line2D([], [], marker="|", ms=7, mew=1.2, lw=0, color=look.INK, label="noise ceiling"))
-    return [*made, _paper_handle(y)]
+    return [*made, _paper_handle(data)]
 
 
 # -- the criterion bench ----------------------------------------------------------------------------------
@@ -280,16 +291,20 @@ def criteria(data: FigureData, width: float, height: float) -> list[Any]:
     figure, panels = look.sheet(len(groups), width, width / across, ROW * len(order) + 0.5, sharex=True, sharey=True)
     inches = (width - 0.9) / across - 0.1
     for panel, (cell_id, found) in zip(panels, groups.items(), strict=True):
-        name = data.name(cell_id) if cell_id else (found[0].cell or "all cells")
         _bench(panel, found, order)
-        look.panel_title(panel, name, [], inches)
+        look.panel_title(panel, bench_name(data, cell_id), [], inches)
     panels[0].set_ylim(len(order) - 0.5, -0.5)
     panels[0].set_yticks(range(len(order)), [words.short(name) for name in order])
     look.title(figure, data.common)
-    better = "further left predicts better" if higher_is_better(data.y) else "further right predicts better"
+    better = "further left predicts better" if expected_sign(order[0], data.y) < 0 else "further right predicts better"
     below = f"Kendall τ of each predictor and {words.short(data.y)} ({better})"
     look.labels(figure, below, "", _bench_handles(data))
     return [figure]
+
+
+def bench_name(data: FigureData, cell_id: str) -> str:
+    """What a panel of the bench is called."""
+    return data.name(cell_id) if cell_id else "all cells"
 
 
 def _bench(panel: Any, found: Sequence[Predictor], order: list[str]) -> None:
@@ -309,6 +324,7 @@ def _bench(panel: Any, found: Sequence[Predictor], order: list[str]) -> None:
     for at in ceilings:
         panel.axvline(sign * at, **_LINE)
     panel.tick_params(axis="y", length=0)
+    panel.locator_params(axis="x", nbins=4)
 
 
 def _bench_handles(data: FigureData) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 from collections.abc import Iterable, Mapping
 from math import isnan
 from typing import TypeGuard
@@ -177,7 +177,20 @@ def filled(pieces: Iterable[str], width: int, between: str = ", ") -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, max(width, 8), break_long_words=True, break_on_hyphens=False)
+    """Broken after blanks and, within names of layers, after . + _ / and -; a part that is longer is cut."""
+    lines = [""]
+    for part in (piece for whole in _PARTS.findall(text) for piece in _cut(whole, width)):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def _cut(part: str, width: int) -> list[str]:
+    return [part[i : i + width] for i in range(0, len(part), width)] if len(part.rstrip()) > width else [part]
+
+
+_PARTS = re.compile(r"(?:[^\s.+_/-]|[.-](?=\d))*(?:\s+|[.+_/-]|$)")
 
 
 def wrapped(text: str, width: int) -> str:
