@@ -86,12 +86,9 @@ class Views:
             while not (scanned := self._scanned(query, parameters)) <= self._columns:
                 self.read(scanned)
         except duckdb.Error:
-            self._asked(query, parameters)  # which says the same of the query as it was given
+            self.con.execute(query, parameters)  # which says the same of the query as it was given
             raise
-        return self._asked(query, parameters).to_arrow_table()
-
-    def _asked(self, query: str, parameters: Mapping[str, Any] | None) -> duckdb.DuckDBPyRelation:
-        return self.con.sql(query, params=dict(parameters or {}))
+        return self.con.sql(query, params=dict(parameters or {})).to_arrow_table()
 
     def read(self, columns: Iterable[str] = EVERY_COLUMN) -> None:
         """Read these columns too, wherever they are."""
