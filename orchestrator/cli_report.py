@@ -121,7 +121,7 @@ def _overrides(study: dict[str, Any], given: dict[str, Any]) -> list[str]:
     found = []
     for key, value in given.items():
         usual = study.get(key)
-        if isinstance(value, dict) and isinstance(usual, dict):
+        if isinstance(value, dict) and isinstance(usual, dict) and usual.keys() <= value.keys():
             found += [f"{key}.{name}={_flow(one)}" for name, one in value.items() if usual.get(name) != one]
         elif usual != value:
             found.append(f"{key}={_flow(value)}")

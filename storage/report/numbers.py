@@ -30,7 +30,7 @@ def p_value(p: float | None) -> str:
     if p is None or missing(p):
         return NONE
     if p >= 0.00095:
-        return f"{p:.2f}" if p >= 0.095 else f"{p:.3f}" if p >= 0.0095 else f"{p:.4f}"
+        return f"{p:#.2g}"
     if p == 0:
         return "< 10⁻³⁰⁰"
     digits, power = f"{p:.1e}".split("e")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from storage.report import words
-from storage.report.numbers import NONE, fixed, interval, missing, moment, p_value, seconds, share, whole
+from storage.report.numbers import NONE, fixed, interval, is_accuracy, missing, moment, p_value, seconds, share, whole
 from storage.report.records import Cost, Facts, Plan, Ran
 from storage.statistics.records import NO_INTERVAL, Claim, Difference, EarlyEpoch, Interval, Predictor
 
@@ -78,10 +78,9 @@ def _shares(value: float, found: Interval = NO_INTERVAL) -> Field:
 
 def _amount(value: float, column: str, found: Interval = NO_INTERVAL) -> Field:
     """A difference in the units of a column, without their name: the head says it."""
-    scale = 100 if "accuracy" in column else 1
-    digits = 2 if scale == 100 else 4
-    around = Interval(scale * found.low, scale * found.high)
-    return _around(value, fixed(scale * value, digits), Interval(around.low, around.high), digits)
+    scale, digits = (100, 2) if is_accuracy(column) else (1, 4)
+    field = _around(value, fixed(scale * value, digits), found)
+    return replace(field, beside=interval(Interval(scale * found.low, scale * found.high), digits))
 
 
 def _cell(labels: Mapping[str, str]) -> Callable[[Any], Field]:
@@ -201,7 +200,7 @@ def noise(facts: Facts, claims: list[Claim]) -> Table:
             lambda c: _around(c.noise.corrected, fixed(c.noise.corrected), c.noise.corrected_interval, 2),
         ),
         (
-            Head("why_not", "not estimable because", number=False),
+            Head("not_estimable", "not estimable because", number=False),
             lambda c: Field(c.noise.why_not, c.noise.why_not),
         ),
     ]
@@ -214,7 +213,7 @@ def picks(facts: Facts, claims: list[Claim]) -> Table:
     columns: list[Column] = [
         (CELL, _cell(labels_of(facts))),
         (
-            Head("candidate", "picked", f"number of the candidate of {words.least(facts.x)} {words.named(facts.x)}"),
+            Head("picked", "picked", f"number of the candidate of {words.least(facts.x)} {words.named(facts.x)}"),
             lambda c: Field(NONE if c.picks.candidate is None else str(c.picks.candidate), c.picks.candidate),
         ),
         (
