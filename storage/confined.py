@@ -21,8 +21,8 @@ from typing import NoReturn
 
 from storage.errors import QueryError, StoreError
 
-SLACK = 1 << 29
-"""Bytes beside the limit: the libraries themselves, the stacks of their threads."""
+SLACK = 2**29 + 2**25 * (os.cpu_count() or 1)
+"""Bytes beside the limit: the libraries themselves, and of the threads that they start for each core the stacks."""
 
 _KINDS: dict[str, type[Exception]] = {"QueryError": QueryError, "StoreError": StoreError}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -132,6 +134,25 @@ def test_a_torn_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     store.commit("rows/s0-torn.parquet", b"PAR1")
     assert run("query", "from rows", "--store", store.location) == 0
     assert "warning: skipped rows/s0-torn.parquet" in capsys.readouterr().err
+
+
+ALONE = """
+import sys
+from storage import confined
+confined.confined = lambda work, limits: work()
+from orchestrator import cli
+try:
+    cli.main(sys.argv[1:])
+finally:
+    print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "ray", "scipy", "pandas", "prompt_toolkit"}))
+"""
+
+
+def test_the_process_that_answers_imports_little(store: Store) -> None:
+    """Neither torch nor ray, nor what only statistics and the prompt need."""
+    command = [sys.executable, "-c", ALONE, "query", "select 1 as a", "-f", "csv", "--store", store.location]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
+    assert (found.returncode, found.stdout) == (0, "a\n1\n[]\n"), found.stderr
 
 
 # -- what it may not do -------------------------------------------------------------------------------
