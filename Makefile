@@ -45,10 +45,11 @@ NAMES ?=
 bench: install
 	@RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m tests.benchmarks $(NAMES)
 
-# Renew the lock from pyproject.toml; no index address gets in.
+# Renew the locks from pyproject.toml; no index address gets in. The image's is a part of the other.
+COMPILE := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-		--quiet --group dev pyproject.toml -o requirements.lock
+	$(COMPILE) --group dev --extra aws pyproject.toml -o requirements.lock
+	$(COMPILE) --extra mllm --extra aws --constraints requirements.lock --no-annotate pyproject.toml -o deploy/requirements.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache
