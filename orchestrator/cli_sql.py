@@ -231,7 +231,7 @@ def export(sweep: str | None, everything: bool, output: Path, force: bool, store
     written: list[int] = []
     found = existing_store(store)
     write_file(output, lambda: written.append(write(found, sweep, output, force=force, report=warn)))
-    click.echo(f"wrote {output}: {written[0]} {'row' if written[0] == 1 else 'rows'}", err=True)
+    click.echo(f"wrote {output}: {_count(written[0], 'row')}", err=True)
 
 
 @click.command()
@@ -288,9 +288,13 @@ _IDS = ("cell_a", "cell_b", "task_a", "task_b")
 
 
 def _said(what: str, cells: int, table: pa.Table) -> str:
-    pairs = f"{cells} {'pair' if cells == 1 else 'pairs'} of cells"
+    pairs = _count(cells, "pair") + " of cells"
     if what == "cells":
-        return f"{pairs}: {sum(table['changed'].to_pylist())} verdicts changed"
+        return f"{pairs}: {_count(sum(table['changed'].to_pylist()), 'verdict')} changed"
     if what == "rows":
-        return f"{pairs}: {len(table)} rows moved"
+        return f"{pairs}: {_count(len(table), 'row')} moved"
     return f"{pairs}; --what rows shows the rows that moved, --what cells the verdicts"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -233,14 +233,18 @@ def summary(pairs: Pairs, x: str, y: str, report: Callable[[Problem], None] | No
 
     def column(name: str, short: str) -> str:
         a, b = f"{short}_a", f"{short}_b"
-        return f"""select pair, any_value(cell) as cell, any_value(a) as a, any_value(b) as b, '{name}' as "column",
-            count(*) as rows, any_value(n_a) - count(distinct task_a) as only_a,
-            any_value(n_b) - count(distinct task_b) as only_b,
+        return f"""select p.pair, any_value(p.cell) as cell, any_value(p.a) as a, any_value(p.b) as b,
+            '{name}' as "column", count(task_a) as rows,
+            any_value(coalesce(of_a.n, 0)) - count(distinct task_a) as only_a,
+            any_value(coalesce(of_b.n, 0)) - count(distinct task_b) as only_b,
             count(*) filter (where {a} is distinct from {b}) as moved,
             avg({b} - {a}) as mean_difference, avg(abs({b} - {a})) as mean_distance,
             max(abs({b} - {a})) as max_distance,
             min({a}) as low_a, max({a}) as high_a, min({b}) as low_b, max({b}) as high_b
-            from joined group by pair"""
+            from pairs p left join joined j on j.pair = p.pair
+            left join (select cell_id, count(*) as n from side_a group by 1) of_a on of_a.cell_id = p.cell_a
+            left join (select cell_id, count(*) as n from side_b group by 1) of_b on of_b.cell_id = p.cell_b
+            group by p.pair"""
 
     union = " union all ".join(f"({column(name, short)})" for name, short in ((y, "y"), (x, "x")))
     return _joined(pairs, x, y, f"select * exclude (pair) from ({union}) order by pair, \"column\" <> '{y}'", report)
@@ -263,7 +267,7 @@ def _joined(pairs: Pairs, x: str, y: str, query: str, report: Callable[[Problem]
         differ = " or ".join(f"l.{name} is distinct from r.{name}" for name in pairs.provenance) or "true"
         con.execute(f"""create view joined as
             select p.*, l.candidate as candidate_a, r.candidate as candidate_b, l.seed, l.task_id as task_a,
-                   r.task_id as task_b, l.x as x_a, r.x as x_b, l.y as y_a, r.y as y_b, l.n as n_a, r.n as n_b{seen}
+                   r.task_id as task_b, l.x as x_a, r.x as x_b, l.y as y_a, r.y as y_b{seen}
             from pairs p join side_a l on l.cell_id = p.cell_a join side_b r on r.cell_id = p.cell_b
                 and r.seed = l.seed and r.unit = l.unit and ({differ})""")
         return con.sql(query).to_arrow_table()
@@ -288,8 +292,7 @@ def _rows(
     columns = "".join(f", {name}" for name in more)
     return run_query(
         side.store,
-        f"""select cell_id, candidate, seed, task_id, {unit} as unit, "{x}"::double as x, "{y}"::double as y{columns},
-            count(*) over (partition by cell_id) as n
+        f"""select cell_id, candidate, seed, task_id, {unit} as unit, "{x}"::double as x, "{y}"::double as y{columns}
             from tasks where status = 'done' and sweep = {quoted(side.sweep)}""",
         report,
     )

@@ -75,6 +75,14 @@ def test_the_summary_counts_what_moved_and_how_far(tmp_path: Path) -> None:
     assert [of_y[name] for name in ("low_a", "high_a", "low_b", "high_b")] == [0.5, 0.9, 0.6, 0.9]
 
 
+def test_cells_without_a_row_in_both_are_in_the_summary(tmp_path: Path) -> None:
+    """Nothing to compare yet: counted, without numbers."""
+    side = filled(tmp_path, "both", {ORACLE: BEFORE, RELEASED: []})
+    plan(side.store, "both", [*tasks(ORACLE, 6), *tasks(RELEASED, 6)])
+    of_y, _ = summary(paired(side, side, ["propagation"]), X, Y).to_pylist()
+    assert [of_y[name] for name in ("rows", "only_a", "only_b", "moved", "max_distance")] == [0, 6, 0, 0, None]
+
+
 def test_verdicts_that_changed_come_first(tmp_path: Path) -> None:
     """Each side's tau, p and verdict are those of its cell."""
     other = replace(OTHER, propagation="released")
@@ -201,4 +209,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert err == "1 pair of cells: 4 rows moved\n" and "task_a" not in out
     assert run(*arguments, "--what", "cells", "-f", "csv") == 0
     out, err = capsys.readouterr()
-    assert err == "1 pair of cells: 1 verdicts changed\n" and RELEASED.cell_id in out
+    assert err == "1 pair of cells: 1 verdict changed\n" and RELEASED.cell_id in out
+    assert run("diff", "both", "both", "--store", str(tmp_path)) == 2
+    assert "--over says what may differ" in capsys.readouterr().err
