@@ -88,7 +88,9 @@ def _memory(_: click.Context, __: click.Parameter, given: str | None) -> int:
     help="The value of $NAME in the query: a number, true, false, null, or text.",
 )
 @click.option("--interactive", is_flag=True, help="Ask at a prompt; so does no SQL at all on a terminal.")
-@click.option("--memory", metavar="SIZE", callback=_memory, help="Stop above this much memory. [default: half of it]")
+@click.option(
+    "--memory", metavar="SIZE", callback=_memory, help="Stop above this much memory. [default: half of the machine's]"
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(0, 1e7, min_open=True),
