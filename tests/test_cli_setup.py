@@ -1,4 +1,4 @@
-"""studies, prefetch, doctor, and the figure."""
+"""studies, prefetch, doctor."""
 
 from __future__ import annotations
 

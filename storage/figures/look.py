@@ -101,9 +101,10 @@ def sheet(panels: int, width: float, least: float, height: float, **shared: Any)
 
 
 def title(figure: Any, text: str) -> None:
-    """A line over all panels, as wide as the figure at most."""
+    """Lines over all panels, as wide as the figure at most."""
     if text:
-        figure.suptitle(words.wrapped(text, characters(figure.get_figwidth() - 0.1, 7.5)), fontsize=7.5)
+        room = characters(figure.get_figwidth() - 0.1, 7.5)
+        figure.suptitle("\n".join(words.wrapped(line, room) for line in text.splitlines()), fontsize=7.5)
 
 
 def panel_title(panel: Any, name: str, facts: Iterable[str], inches: float, pad: float = 4) -> None:
@@ -118,17 +119,26 @@ def labels(figure: Any, x: str, y: str, handles: Sequence[Any] = ()) -> None:
     width, height = figure.get_figwidth(), figure.get_figheight()
     # The layout keeps room for label or legend, whichever is higher, and puts both below: empty lines part them.
     lines = _legend(figure, handles, width) if handles else 0
-    figure.supxlabel(words.wrapped(x, characters(width, 7.5)) + "\n" * lines, fontsize=7.5)
+    below = words.wrapped(x, characters(width, 7.5))
+    if len(figure.axes) == 1 and y:
+        figure.axes[0].set_xlabel(below)
+        figure.axes[0].set_ylabel(words.wrapped(y, characters(max(height - 1.2 - 0.125 * lines, 1.2), 7.5)))
+        return
+    figure.supxlabel(below + "\n" * lines, fontsize=7.5)
     if y:
         figure.supylabel(words.wrapped(y, characters(height - 0.6, 7.5)), fontsize=7.5)
 
 
 def _legend(figure: Any, handles: Sequence[Any], inches: float) -> int:
     """The legend below all panels; its height in lines of a label."""
-    room, texts = characters(inches - 0.1, 6.5), [len(str(handle.get_label())) + 7 for handle in handles]
+    room = characters(inches - 0.1, 6.5)
+    for handle in handles:
+        handle.set_label(words.wrapped(str(handle.get_label()), room - 7))
+    texts = [max(map(len, handle.get_label().split("\n"))) + 7 for handle in handles]
     across = next(n for n in range(len(texts), 0, -1) if n == 1 or n * max(texts) <= room)
     figure.legend(handles=list(handles), loc="outside lower center", ncols=across, handlelength=1.6, columnspacing=1.2)
-    return ceil((ceil(len(texts) / across) * 0.135 + 0.07) / 0.125)
+    lines = [handle.get_label().count("\n") + 1 for handle in handles]
+    return ceil((ceil(sum(lines) / across) * 0.135 + 0.07) / 0.125)
 
 
 def needs_log(values: np.ndarray) -> bool:

@@ -38,13 +38,15 @@ def parcoords(data: FigureData, width: float, height: float) -> list[Any]:
 
 
 def _page(data: FigureData, found: list[tuple[CellData, list[str]]], width: float) -> Any:
-    figure, panels = look.sheet(len(found), width, width, 2.2)
+    figure, panels = look.sheet(len(found), width, width, 2.2 if width >= 5 else 2.7)
     for panel, (cell, columns) in zip(panels, found, strict=True):
         lines = complete(cell, columns)
         drawn = lines if len(lines) <= MANY else lines[np.linspace(0, len(lines) - 1, MANY).round().astype(int)]
         part = "" if len(drawn) == len(lines) else f", {len(drawn)} of them drawn, evenly by the rank of y"
         image = _lines(panel, drawn, columns, lines)
-        look.panel_title(panel, data.name(cell.cell_id), [f"n = {len(lines)}{part}"], width - 0.8, pad=14)
+        look.panel_title(
+            panel, data.name(cell.cell_id), [f"n = {len(lines)}{part}"], width - 0.8, pad=24 if width < 5 else 14
+        )
         _ends(panel, lines, columns, width)
         bar = figure.colorbar(image, ax=panel, fraction=0.03, pad=0.02, aspect=14)
         bar.outline.set_visible(False)
@@ -86,14 +88,20 @@ def _ends(panel: Any, lines: np.ndarray, columns: list[str], width: float) -> No
     """Each axis' name, and the values at its ends."""
     room = look.characters((width - 1.0) / len(columns), 6.5)
     low, high = lines.min(axis=0), lines.max(axis=0)
-    names = [words.wrapped(words.short(name), room) for name in columns]
-    bottom = [f"{_end(name, value)}\n{text}" for name, value, text in zip(columns, low, names, strict=True)]
-    panel.set_xticks(range(len(columns)), bottom)
+    narrow = room < 9
+    turn: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if narrow else {}
+    names = [words.short(name) if narrow else words.wrapped(words.short(name), room) for name in columns]
+    between = ": " if narrow else "\n"
+    bottom = [
+        between.join((name, _end(column, at)) if narrow else (_end(column, at), name))
+        for name, column, at in zip(names, columns, low, strict=True)
+    ]
+    panel.set_xticks(range(len(columns)), bottom, **turn)
     panel.tick_params(axis="x", length=0)
-    for place, (name, value) in enumerate(zip(columns, high, strict=True)):
-        panel.annotate(
-            _end(name, value), (place, 1), xytext=(0, 3), textcoords="offset points", ha="center", va="bottom", size=6.5
-        )
+    over: Any = {"rotation": 45, "ha": "left", "rotation_mode": "anchor"} if narrow else {"ha": "center"}
+    for place, (column, at) in enumerate(zip(columns, high, strict=True)):
+        text = _end(column, at)
+        panel.annotate(text, (place, 1), xytext=(0, 3), textcoords="offset points", va="bottom", size=6.5, **over)
 
 
 def _end(column: str, value: float) -> str:

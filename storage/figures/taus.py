@@ -98,7 +98,9 @@ def _table(panel: Any, table: Table, most: float, inches: float) -> Any:
                 _value(panel, j, i, claim, colormaps["RdBu_r"]((claim.tau + most) / (2 * most)))
             elif (row, column) in table.planned:
                 _hatched(panel, j, i)
-    image = panel.imshow(np.ma.masked_invalid(shown), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    edges = [np.arange(n + 1) - 0.5 for n in reversed(shown.shape)]
+    image = panel.pcolormesh(*edges, np.ma.masked_invalid(shown), cmap="RdBu_r", vmin=-most, vmax=most)
+    panel.set_ylim(len(table.rows) - 0.5, -0.5)
     each = look.characters(inches / max(len(table.columns), 1), 6.5)
     labels = [f"{value:g}" if words.is_number(value) else str(value) for value in table.columns]
     long = any(len(label) > each for label in labels)
@@ -163,7 +165,8 @@ def _curve(panel: Any, line: Line, colour: str) -> None:
     panel.fill_between(line.ratios, low, high, color=colour, alpha=0.18, linewidth=0)
     panel.plot(line.ratios, [claim.tau for claim in line.claims], marker="o", ms=3, lw=1.1, color=colour)
     panel.plot(line.ratios, [ceiling_of(claim) for claim in line.claims], "--", lw=0.8, color=colour)
-    panel.set_xticks(line.ratios if len(line.ratios) <= 7 else panel.get_xticks())
+    if len(line.ratios) <= 7:
+        panel.set_xticks(line.ratios, [f"{ratio:g}" for ratio in line.ratios])
 
 
 def _curve_handles(names: list[str], ceiling: bool, data: FigureData) -> list[Any]:
@@ -288,7 +291,9 @@ def criteria(data: FigureData, width: float, height: float) -> list[Any]:
     groups = by_cell(data)
     order = predictor_order(groups)
     across = look.columns(len(groups), width - 0.9, 1.5)
-    figure, panels = look.sheet(len(groups), width, width / across, ROW * len(order) + 0.5, sharex=True, sharey=True)
+    figure, panels = look.sheet(
+        len(groups), width, width / across, ROW * max(len(order), 4) + 0.5, sharex=True, sharey=True
+    )
     inches = (width - 0.9) / across - 0.1
     for panel, (cell_id, found) in zip(panels, groups.items(), strict=True):
         _bench(panel, found, order)
@@ -369,8 +374,8 @@ def early(data: FigureData, width: float, height: float) -> list[Any]:
 def early_names(data: FigureData) -> tuple[str, str]:
     """What the two lines are."""
     return (
-        f"test accuracy after k epochs with {words.short(data.y)} (95 %)",
-        f"{words.short(data.x)} with test accuracy after k epochs",
+        f"accuracy after k epochs with {words.short(data.y)}, 95 % band",
+        f"{words.short(data.x)} with accuracy after k epochs",
     )
 
 

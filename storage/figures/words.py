@@ -190,7 +190,7 @@ def _cut(part: str, width: int) -> list[str]:
     return [part[i : i + width] for i in range(0, len(part), width)] if len(part.rstrip()) > width else [part]
 
 
-_PARTS = re.compile(r"(?:[^\s.+_/-]|[.-](?=\d))*(?:\s+|[.+_/-]|$)")
+_PARTS = re.compile(r"(?:[^\s.+_/-]|[._-](?=\d))*(?:\s+|[.+_/-]|$)")
 
 
 def wrapped(text: str, width: int) -> str:
