@@ -4,7 +4,7 @@ facts = gather(Store("results"), "digits", "pruned_train_loss", "best_test_accur
 text = page(facts, draw(facts), commands)
 """
 
-from storage.report.gather import gather
-from storage.report.page import Commands, draw, page
+from storage.report.reading import gather
+from storage.report.rendering import Commands, draw, page
 
 __all__ = ["Commands", "draw", "gather", "page"]

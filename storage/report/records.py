@@ -12,6 +12,9 @@ from storage.statistics.records import Claim, Difference, EarlyEpoch, Predictor
 
 T = TypeVar("T")
 
+FEW = 12
+"""Of more cells than this no figure has a panel for each, early epochs have no intervals, and contents name none."""
+
 
 @dataclass(frozen=True)
 class Part(Generic[T]):

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from storage.correlate import BESIDE, CellData, cell_data
 from storage.records import Cell, utc_now
-from storage.report.records import Bench, Cost, Facts, Failure, Part, Plan, PlannedCell, Ran
+from storage.report.records import FEW, Bench, Cost, Facts, Failure, Part, Plan, PlannedCell, Ran
 from storage.report.words import labels
 from storage.sql import quoted, views
 from storage.statistics import kendalls
+from storage.statistics.resampling import RESAMPLES
 
 if TYPE_CHECKING:
     from storage.rowfiles import Problem
     from storage.sql import Views
-    from storage.statistics.records import Claim
+    from storage.statistics.records import Claim, EarlyEpoch
     from storage.store import Store
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def gather(store: Store, sweep: str, x: str, y: str, made_with: str) -> Facts:
         beside_name=beside,
         beside=_taus_beside(cells.value or [], x, beside),
         criteria=attempt(lambda: _criteria(store, sweep, y, where, mixed)),
-        early=attempt(lambda: _early(store, sweep, x, y, where)),
+        early=attempt(lambda: _early(store, sweep, x, y, where, mixed, RESAMPLES if len(plan.cells) <= FEW else 0)),
         failures=failures,
         cost=cost,
         diverged=diverged,
@@ -164,7 +165,9 @@ def _criteria(store: Store, sweep: str, y: str, where: str | None, mixed: dict[s
     return Bench(*bench(_cells(store, sweep, (*names, y), where, mixed), y))
 
 
-def _early(store: Store, sweep: str, x: str, y: str, where: str | None) -> Any:
+def _early(
+    store: Store, sweep: str, x: str, y: str, where: str | None, mixed: dict[str, str], resamples: int
+) -> list[EarlyEpoch]:
     from storage.early import early
 
-    return early(store, sweep, x, y, where)
+    return [one for one in early(store, sweep, x, y, where, resamples=resamples) if one.cell_id not in mixed]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from storage.figures import WIDTHS, FigureData, svg
 from storage.figures import why_not as no_figure
 from storage.report import answer, tables, words
-from storage.report.gather import attempt
 from storage.report.numbers import fixed, interval, listed, moment, seconds, share, some
-from storage.report.records import Facts, Figure, Figures, Part, PlannedCell
+from storage.report.reading import attempt
+from storage.report.records import FEW, Facts, Figure, Figures, Part, PlannedCell
 from storage.statistics.records import Claim
 
 SECTIONS = (
@@ -57,17 +57,25 @@ def draw(facts: Facts) -> Figures:
     data = figure_data(facts)
     all_cells = "τ of every cell with its 95 % interval, and the ceiling where it can be estimated."
     scatters = {cell.cell_id: _scatter(facts, i) for i, cell in enumerate(facts.cells.value or [])}
-    alone = len(scatters) == 1
+    alone, many = len(scatters) == 1, len(scatters) > FEW
+    bench = replace(data, predictors=answer.overall(list(data.predictors))) if many else data
     return Figures(
         first=next(iter(scatters.values())) if alone else _drawn("forest", data, all_cells),
         more=(
             _drawn("heatmap", data, "τ over the axes of the grid."),
             _drawn("ratio-curve", data, "τ against the pruning ratio."),
         ),
-        criteria=_drawn("criteria", data, "How well each predictor orders the candidates, with 95 % intervals."),
-        early=_drawn("early", data, "τ between the accuracy after each epoch of retraining and the outcome."),
+        criteria=_drawn("criteria", bench, "How well each predictor orders the candidates, with 95 % intervals."),
+        early=_early(facts, data),
         scatters={} if alone else scatters,
     )
+
+
+def _early(facts: Facts, data: FigureData) -> Part[Figure]:
+    if len(data.cells) > FEW:
+        command = f"prunesweep plot {facts.plan.sweep} --kind early -o early.pdf"
+        return Part(None, f"a figure with a panel for each of so many cells; `{command}` draws it")
+    return _drawn("early", data, "τ between the accuracy after each epoch of retraining and the outcome.")
 
 
 def figure_data(facts: Facts) -> FigureData:
@@ -150,6 +158,7 @@ def _shown(facts: Facts, figures: Figures, commands: Commands) -> dict[str, Any]
         "facts": facts,
         "figures": figures,
         "sections": SECTIONS,
+        "few": len(plan.cells) <= FEW,
         "names": {"x": words.named(facts.x), "y": words.named(facts.y)},
         "labels": tables.labels_of(facts),
         "grid": words.grid_in_words(plan),
