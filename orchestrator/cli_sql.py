@@ -125,7 +125,7 @@ def query(
         list(best_test_accuracy)) as tau from candidates group by cell_id"
     prunesweep query "describe rows"
     prunesweep query "from failures" -f json
-    prunesweep query "from rows where seed = $seed" --param seed=0
+    prunesweep query 'from rows where seed = $seed' --param seed=0
     prunesweep query                          a prompt, on a terminal
     """
     from storage.confined import Limits
