@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -485,3 +486,16 @@ def test_drawing_leaves_no_trace_and_needs_no_pyplot(store: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=store, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+def test_the_page_on_figures_shows_each_kind_by_a_command() -> None:
+    """Every figure of docs/figures.md is made by a command there that parses, and no kind is left out."""
+    folder = Path(__file__).parent.parent / "docs"
+    text = (folder / "figures.md").read_text()
+    commands = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("prunesweep plot ")]
+    parsed = [cli_plot.plot.make_context("plot", command).params for command in commands]
+    assert [one["kind"] for one in parsed] == re.findall(r"^## ([a-z-]+)$", text, re.MULTILINE)
+    assert {one["kind"] for one in parsed} == set(KINDS)
+    files = {f"figures/{one['output']}" for one in parsed}
+    assert files == set(re.findall(r"!\[[\w-]+\]\(([^)]+)\)", text))
+    assert all((folder / file).stat().st_size < 200_000 for file in files)
