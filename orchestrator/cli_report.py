@@ -55,6 +55,8 @@ def report(sweep: str, x: str, y: str, store: str, output: Path | None) -> None:
     for name, part in (("the tables", facts.claims), ("criteria", facts.criteria), ("early epochs", facts.early)):
         if part.value is None:
             click.echo(f"warning: {name} left out: {part.why_not}", err=True)
+    for one in facts.skipped:
+        click.echo(f"warning: skipped {one}", err=True)
     click.echo(f"wrote {len(text.encode()) / 2**20:.1f} MiB; it opens in any browser, without a network", err=True)
 
 

@@ -78,11 +78,12 @@ def _settled(claims: list[Claim]) -> Sentence:
         text = f"The 95 % interval of τ, {interval(known[0].tau_interval, 2)}, {lies} {limit}: the verdict is {so}."
         return Sentence(text, caution=not settled)
     text = f"The 95 % interval of τ lies wholly on one side of {limit} in {len(settled)} of {len(claims)}"
-    rest = len(claims) - len(settled)
-    if not rest:
+    turned, without = len(known) - len(settled), len(claims) - len(known)
+    if not turned and not without:
         return Sentence(f"{text}: as far as candidates go, every verdict is settled.")
-    other = "the other one" if rest == 1 else f"the other {rest}"
-    return Sentence(f"{text}; in {other} a different draw of candidates could turn the verdict.", caution=True)
+    rest = [f"in {turned} a different draw of candidates could turn the verdict"] if turned else []
+    rest += [f"in {without} no interval can be had"] if without else []
+    return Sentence(f"{text}; {'; '.join(rest)}.", caution=True)
 
 
 def _family(claims: list[Claim]) -> list[Sentence]:
@@ -102,7 +103,9 @@ def _anomalies(claims: list[Claim]) -> list[Sentence]:
         over = ", which the paper calls a failure" if ratios[0] >= 0.5 else ""
         return [Sentence(f"{picked} {share(ratios[0])} of the candidates (the anomaly ratio){over}.")]
     bad = sum(ratio >= 0.5 for ratio in ratios)
-    many = f"in {some(bad, 'cell')} it is half or more, which the paper calls a failure" if bad else "nowhere half"
+    many = (
+        f"in {some(bad, 'cell')} it is half or more, which the paper calls a failure" if bad else "nowhere half or more"
+    )
     low, high = share(min(ratios)), share(max(ratios))
     return [Sentence(f"{picked} {low} to {high} of the candidates of its cell (the anomaly ratio); {many}.")]
 

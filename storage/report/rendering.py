@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import hashlib
 import html
 from dataclasses import dataclass, replace
@@ -221,7 +222,7 @@ def _ran_facts(facts: Facts) -> list[tuple[str, str]]:
         {f"{name} {sha}" for one in plan.cells for name, sha in (*one.cell.content, *one.cell.dense.content)}
     )
     found = [
-        ("Expanded", plan.expanded_at),
+        ("Expanded", _expanded(plan.expanded_at)),
         ("Rows made", span),
         ("Dense training", "; or ".join(map(words.recipe_in_words, dense[:3]))),
         ("Retraining", "; or ".join(map(words.recipe_in_words, recipes[:3]))),
@@ -231,6 +232,14 @@ def _ran_facts(facts: Facts) -> list[tuple[str, str]]:
         ("Store", facts.store),
     ]
     return [(name, text) for name, text in found if text]
+
+
+def _expanded(stem: str) -> str:
+    """When a manifest was written, of the time in its name."""
+    try:
+        return moment(dt.datetime.strptime(stem[:15], "%Y%m%dT%H%M%S"))
+    except ValueError:
+        return stem
 
 
 def _versions(versions: dict[str, str]) -> str:
@@ -253,12 +262,14 @@ def _spent(facts: Facts) -> str:
         _time("GPU", sum(one.gpu_seconds for one in found), sum(one.wasted_gpu_seconds for one in found)),
     ]
     spent = listed([text for text in times if text]) or "no time was recorded"
-    return f"{some(attempts, 'attempt')}, {wasted:,} of them wasted: {spent}."
+    lost = sum(one.wasted_cpu_seconds + one.wasted_gpu_seconds for one in found)
+    silent = "; the wasted ones left no time" if wasted and not lost else ""
+    return f"{some(attempts, 'attempt')}, {wasted:,} of them wasted: {spent}{silent}."
 
 
 def _time(kind: str, total: float, wasted: float) -> str:
-    lost = f"of which {seconds(wasted)}, {share(wasted / total)}, were wasted" if wasted else "none of it wasted"
-    return f"{seconds(total)} of {kind} time, {lost}" if total else ""
+    lost = f", of which {seconds(wasted)}, {share(wasted / total)}, were wasted" if wasted else ""
+    return f"{seconds(total)} of {kind} time{lost}" if total else ""
 
 
 def _python(facts: Facts) -> str:
