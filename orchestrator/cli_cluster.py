@@ -12,6 +12,7 @@ import click
 
 from orchestrator.errors import UserError
 from orchestrator.options import absolute, data_root_option, existing_store, read_spec, set_option, store_option
+from orchestrator.render import Rendering, render_options, write_manifest
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -30,6 +31,7 @@ address_option = click.option(
 @data_root_option
 @address_option
 @click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
+@render_options
 @click.pass_context
 def submit(
     ctx: click.Context,
@@ -39,6 +41,7 @@ def submit(
     data_root: str,
     address: str | None,
     no_wait: bool,
+    rendering: Rendering | None,
 ) -> None:
     """Run SPEC as a job on the Ray cluster at ADDRESS; this machine may go.
 
@@ -47,6 +50,8 @@ def submit(
 
     \b
     prunesweep submit sweep.yaml --address http://head:8265 --store /shared/results --no-wait
+    prunesweep submit sweep.yaml --render rayjob --image REGISTRY/prunesweep:cuda --store s3://bucket/results
+    prunesweep submit sweep.yaml --render slurm --store /shared/results -o sweep.sh
     """
     from orchestrator.expand import cells
     from orchestrator.jobs import job_server, submit_job
@@ -56,6 +61,9 @@ def submit(
 
     document = read_spec(spec, overrides)
     checked = check(document, absolute(data_root))
+    if rendering:
+        write_manifest(rendering, document, checked, store, data_root)
+        return
     opened = Store(store)
     location = opened.absolute
     server = _needed(address)
