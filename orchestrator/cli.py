@@ -66,7 +66,7 @@ HELP = {
     "import-logs": "Make rows of the reference implementation's text logs.",
     "studies": "List the studies that ship with prunesweep, or show one.",
     "prefetch": "Download data sets into the data root.",
-    "doctor": "Check this machine, the store and the data.",
+    "doctor": "Check this machine, the store and the data; with --address a cluster.",
 }
 
 
@@ -116,7 +116,10 @@ def command_line(ctx: click.Context, debug: bool) -> None:
     found = _project_file()
     # Ray's own address and its job server's are two things, and one option name.
     jobs = {**found, "address": found.get("job_server")}
-    ctx.default_map = {name: jobs if module == "cli_cluster" else found for name, module in COMMANDS.items()}
+    # What reads only looks at a cluster when it is told to: that imports ray.
+    reads = {key: value for key, value in found.items() if key != "address"}
+    of_module = {"cli_cluster": jobs, "cli_read": reads, "cli_doctor": reads}
+    ctx.default_map = {name: of_module.get(module, found) for name, module in COMMANDS.items()}
 
 
 def _project_file() -> dict[str, Any]:

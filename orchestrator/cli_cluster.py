@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.errors import UserError
+from orchestrator.errors import ClusterError, UserError
 from orchestrator.options import absolute, data_root_option, existing_store, read_spec, set_option, store_option
 from orchestrator.render import Rendering, render_options, write_manifest
+from orchestrator.tracking import track_option
+from storage.errors import StoreError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
+
+    from orchestrator.jobs import Job
+    from storage.store import Store
+
+FOLLOW_SECONDS = 1.0
+LOST_SECONDS = 60.0
+"""So long `logs -f` tries to reach a job server that it has lost."""
+
+AGAIN_SECONDS = 0.3
+"""A second signal before the first was taken would be one."""
 
 address_option = click.option(
     "--address",
@@ -24,13 +40,41 @@ address_option = click.option(
 )
 
 
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a submitted job is given: its folder, prunesweep, its environment, its id."""
+    options = (
+        click.option(
+            "--working-dir",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help="Upload this folder (without what its .gitignore names) and start there: for code of your own.",
+        ),
+        click.option(
+            "--image-has-prunesweep", is_flag=True, help="Run the prunesweep that the cluster has; send none along."
+        ),
+        click.option(
+            "--env",
+            "env",
+            multiple=True,
+            metavar="KEY[=VALUE]",
+            help="Set KEY for the job and its workers; without =VALUE, to what it is here. Ray keeps it for whoever "
+            "may use the job server.",
+        ),
+        click.option("--no-wait", is_flag=True, help="Return once the job is submitted."),
+        click.option("--submission-id", help="The job's id; one is made from the sweep's name otherwise."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("spec")
 @set_option
 @store_option
 @data_root_option
 @address_option
-@click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
+@job_options
+@track_option
 @render_options
 @click.pass_context
 def submit(
@@ -40,48 +84,110 @@ def submit(
     store: str,
     data_root: str,
     address: str | None,
-    no_wait: bool,
+    track: str | None,
     rendering: Rendering | None,
+    **given: Any,
 ) -> None:
     """Run SPEC as a job on the Ray cluster at ADDRESS; this machine may go.
 
-    Every node must see the store and the data root under the names given, and have prunesweep
-    installed. Without --no-wait the job's output is followed to its end.
+    Every node must see the store and the data root under the names given. This prunesweep is sent along (not what it
+    is built on: torch, ray, duckdb and the others are the cluster's), unless --image-has-prunesweep. Code of your
+    own that the spec names, as package.module:build, travels with --working-dir. Without --no-wait the job's output
+    is followed to its end.
 
     \b
     prunesweep submit sweep.yaml --address http://head:8265 --store /shared/results --no-wait
     prunesweep submit sweep.yaml --render rayjob --image REGISTRY/prunesweep:cuda --store s3://bucket/results
     prunesweep submit sweep.yaml --render slurm --store /shared/results -o sweep.sh
+    prunesweep submit sweep.yaml --address http://head:8265 --working-dir . --env AWS_PROFILE=lab
     """
     from orchestrator.expand import cells
-    from orchestrator.jobs import job_server, submit_job
     from orchestrator.plan import check
     from orchestrator.preflight import check_models
     from storage.store import Store
 
     document = read_spec(spec, overrides)
-    checked = check(document, absolute(data_root))
-    if rendering:
-        write_manifest(rendering, document, checked, store, data_root)
-        return
-    opened = Store(store)
-    location = opened.absolute
-    server = _needed(address)
-    check_models(cells(checked, document, absolute(data_root)), absolute(data_root))
-    job = submit_job(server, checked.name, document.text(), location, absolute(data_root))
-    click.echo(job)
+    with _started_in(given["working_dir"]):
+        checked = check(document, absolute(data_root))
+        more = ("--track", track) if track else ()
+        if rendering:
+            env, folder = tuple(_variable(one) for one in given["env"]), given["working_dir"]
+            write_manifest(rendering, document, checked, store, data_root, more, env, Path.cwd() if folder else None)
+            return
+        location = Store(store).absolute
+        server = _needed(address)
+        check_models(cells(checked, document, absolute(data_root)), absolute(data_root))
+    words = ("run", "-", *_where(location, data_root), *(("--track", track) if track else ()))
+    send(ctx, server, checked.name, location, data_root, words, document.text(), given)
+
+
+def _where(location: str, data_root: str) -> tuple[str, ...]:
+    return ("--store", location, "--data-root", absolute(data_root))
+
+
+@contextlib.contextmanager
+def _started_in(folder: Path | None) -> Iterator[None]:
+    """As the job will be: in the folder that it is given, where it finds a person's own code."""
+    with contextlib.chdir(folder) if folder else contextlib.nullcontext():
+        yield
+
+
+def send(
+    ctx: click.Context,
+    server: str,
+    sweep: str,
+    location: str,
+    data_root: str,
+    words: tuple[str, ...],
+    stdin: str | None,
+    given: dict[str, Any],
+) -> None:
+    """Submit `prunesweep WORDS` as a job of a sweep; say what follows, and follow it unless --no-wait.
+
+    No --address among the words: Ray tells a job its cluster in RAY_ADDRESS, where `auto` might find another one.
+    """
+    from orchestrator.jobs import Job, job_server, submit_job
+
+    job = Job(
+        sweep,
+        location,
+        words,
+        stdin,
+        given["working_dir"],
+        given["image_has_prunesweep"],
+        tuple(_variable(one) for one in given["env"]),
+        given["submission_id"],
+        local=(location, absolute(data_root)),
+    )
+    name = submit_job(server, job)
+    click.echo(name)
+    _say_next(name, server, job)
+    if not given["no_wait"]:
+        with job_server(server) as client:
+            code = _follow(client, name)
+        ctx.exit(code)
+
+
+def _variable(text: str) -> tuple[str, str]:
+    """KEY=VALUE; KEY alone has the value it has here. The value is never part of a message."""
+    key, equals, value = text.partition("=")
+    if not key.isidentifier():
+        raise UserError("--env: write it as KEY=VALUE, or as KEY for the value it has here")
+    if not equals and key not in os.environ:
+        raise UserError(f"--env {key}: it is not set here; set it, or write {key}=VALUE")
+    return key, value if equals else os.environ[key]
+
+
+def _say_next(name: str, server: str, job: Job) -> None:
+    where = shlex.quote(job.store)
     click.echo(
-        f"submitted {checked.name} as {job}. Next:\n"
-        f"  prunesweep logs {job} -f --address {server}\n"
-        f"  prunesweep stop {job} --address {server}\n"
-        f"  prunesweep status {checked.name} --store {location}\n"
-        f"  prunesweep corr {checked.name} --store {location}",
+        f"submitted {job.sweep} as {name}. Next:\n"
+        f"  prunesweep logs {name} -f --address {server}\n"
+        f"  prunesweep stop {name} --address {server}\n"
+        f"  prunesweep status {job.sweep} --store {where} --address {server}\n"
+        f"  prunesweep corr {job.sweep} --store {where}",
         err=True,
     )
-    if not no_wait:
-        with job_server(server) as client:
-            code = _follow(client, job)
-        ctx.exit(code)
 
 
 def _needed(address: str | None) -> str:
@@ -93,24 +199,52 @@ def _needed(address: str | None) -> str:
 def _follow(client: JobSubmissionClient, job: str) -> int:
     """Print a job's output as it comes, and return its exit code."""
     shown = 0
+    try:
+        while True:
+            status = _patiently(lambda: client.get_job_status(job))
+            text = _patiently(lambda: client.get_job_logs(job))
+            sys.stdout.write(text[shown:])
+            sys.stdout.flush()
+            shown = len(text)
+            if status.is_terminal():
+                break
+            time.sleep(FOLLOW_SECONDS)
+    except KeyboardInterrupt:
+        click.echo(f"\n{job} goes on; `prunesweep stop {job}` stops it", err=True)
+        raise
+    return _ended(client, job)
+
+
+def _patiently(ask: Callable[[], Any]) -> Any:
+    """An answer of the job server, which may be out of reach for a while."""
+    import requests
+
+    give_up = time.monotonic() + LOST_SECONDS
     while True:
-        status = client.get_job_status(job)
-        text = client.get_job_logs(job)
-        sys.stdout.write(text[shown:])
-        sys.stdout.flush()
-        shown = len(text)
-        if status.is_terminal():
-            break
-        time.sleep(0.5)
+        try:
+            return ask()
+        except requests.exceptions.ConnectionError as error:
+            if time.monotonic() > give_up:
+                raise ClusterError(f"the job server has not answered for {LOST_SECONDS:.0f} s") from error
+            time.sleep(FOLLOW_SECONDS)
+
+
+def _ended(client: JobSubmissionClient, job: str) -> int:
+    """Say how a job ended; return its exit code. One that was stopped counts as interrupted."""
+    from orchestrator.cli import INTERNAL, INTERRUPTED
+    from orchestrator.jobs import sweep_of
+
     info = client.get_job_info(job)
-    click.echo(f"{job}: {status.value.lower()}{_why(info.message, status.value)}", err=True)
-    if status.value == "SUCCEEDED":
+    status, code = info.status.value, info.driver_exit_code or 0
+    if status == "SUCCEEDED":
+        click.echo(f"{job}: succeeded", err=True)
         return 0
-    return info.driver_exit_code if info.driver_exit_code and info.driver_exit_code > 0 else 1
-
-
-def _why(message: str | None, status: str) -> str:
-    return f": {message}" if message and status == "FAILED" else ""
+    if status == "STOPPED":
+        click.echo(f"{job}: stopped; what was committed stays, `prunesweep resume {sweep_of(info)}` goes on", err=True)
+        return INTERRUPTED
+    why = f"exit code {code}" if code > 0 else info.message or "Ray does not say why"
+    click.echo(f"{job}: failed: {why}", err=True)
+    return code if code > 0 else INTERNAL
 
 
 @click.command()
@@ -139,22 +273,28 @@ def _show(client: JobSubmissionClient, job: str) -> int:
 
 @click.command()
 @click.argument("sweep")
+@click.option(
+    "--drain/--now",
+    default=True,
+    help="--drain (the default): tasks at work are checkpointed, within 30 s. --now: they are lost.",
+)
 @store_option
 @address_option
-def stop(sweep: str, store: str, address: str | None) -> None:
+def stop(sweep: str, drain: bool, store: str, address: str | None) -> None:
     """Stop SWEEP: with --address the job on that cluster, without the run on this machine.
 
-    What is committed stays; `resume` goes on from there.
+    What is committed stays either way; `resume` goes on from there.
 
     \b
     prunesweep stop digits
     prunesweep stop digits --address http://head:8265
+    prunesweep stop digits --address http://head:8265 --now
     """
     from orchestrator.drivers import drivers
     from storage.signs import is_here
 
     if address:
-        _stop_job(sweep, address)
+        _stop_job(sweep, address, drain)
         return
     found = drivers(existing_store(store), sweep)
     alive = [driver for driver in found if is_here(driver)]
@@ -163,22 +303,48 @@ def stop(sweep: str, store: str, address: str | None) -> None:
         hint = f" (one is noted on {elsewhere}: stop it there)" if elsewhere else ""
         raise UserError(f"no run of {sweep} is at work on this machine{hint}; a submitted one needs --address")
     for driver in alive:
-        try:
-            os.kill(driver["pid"], signal.SIGTERM)
-        except (ProcessLookupError, PermissionError) as error:
-            raise UserError(f"cannot stop process {driver['pid']}: {error.strerror}") from error
+        _signal(driver["pid"], drain)
         click.echo(f"asked process {driver['pid']} to stop; `prunesweep resume {sweep}` goes on", err=True)
 
 
-def _stop_job(sweep: str, address: str) -> None:
-    from orchestrator.jobs import find_job, job_server
+def _signal(pid: int, drain: bool) -> None:
+    """Ask a process to stop: once, and its tasks are checkpointed; twice, and it ends at once."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+        if not drain:
+            time.sleep(AGAIN_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    except (ProcessLookupError, PermissionError) as error:
+        raise UserError(f"cannot stop process {pid}: {error.strerror}") from error
+
+
+def _stop_job(sweep: str, address: str, drain: bool) -> None:
+    from orchestrator.jobs import STORE, find_job, job_server, sweep_of
 
     with job_server(address) as client:
         job = find_job(client, sweep)
         name = str(job.submission_id)
         if job.status.is_terminal():
             raise UserError(f"{name} is not running: {job.status.value.lower()}")
+        if not drain and not _hurried(str((job.metadata or {}).get(STORE)), sweep_of(job) or sweep):
+            click.echo("no driver of it is seen in its store from here: it ends as with --drain", err=True)
         client.stop_job(name)
         while not (status := client.get_job_status(name)).is_terminal():
             time.sleep(0.2)
-        click.echo(f"{name}: {status.value.lower()}; what is committed stays", err=True)
+        click.echo(
+            f"{name}: {status.value.lower()}; what is committed stays, `prunesweep resume {sweep_of(job) or sweep}` "
+            "goes on",
+            err=True,
+        )
+
+
+def _hurried(location: str, sweep: str) -> bool:
+    """Note in the store that its drivers are not to wait for their workers; whether one is seen there."""
+    from orchestrator.drivers import hurry
+
+    try:
+        store: Store = existing_store(location)
+        return hurry(store, sweep)
+    except StoreError:
+        return False

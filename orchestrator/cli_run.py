@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.cli_cluster import job_options
 from orchestrator.errors import UserError
 from orchestrator.options import (
     absolute,
@@ -22,6 +24,8 @@ from orchestrator.options import (
     set_option,
     store_option,
 )
+from orchestrator.tracking import track_option
+from storage.errors import StoreError
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
@@ -29,10 +33,19 @@ if TYPE_CHECKING:
     from storage.store import Store
 
 
-def _options(ctx: click.Context, data_root: str, address: str | None, inline: bool) -> Options:
-    from orchestrator.run import Options
+resume_address_option = click.option(
+    "--address",
+    envvar="RAY_ADDRESS",
+    help="A running Ray cluster (auto, or HOST:PORT); or a job server (http://HOST:8265), to resume as a job there.",
+)
 
-    return Options(absolute(data_root), None if inline else address, inline, ctx.obj["debug"])
+
+def _options(ctx: click.Context, data_root: str, address: str | None, inline: bool, track: str | None) -> Options:
+    from orchestrator.run import Options
+    from orchestrator.tracking import check_tracker
+
+    check_tracker(track, inline)
+    return Options(absolute(data_root), None if inline else address, inline, ctx.obj["debug"], track=track)
 
 
 @click.command()
@@ -42,6 +55,7 @@ def _options(ctx: click.Context, data_root: str, address: str | None, inline: bo
 @data_root_option
 @run_address_option
 @inline_option
+@track_option
 @output_options
 @click.pass_context
 def run(
@@ -52,10 +66,11 @@ def run(
     data_root: str,
     address: str | None,
     inline: bool,
+    track: str | None,
     form: str,
     output: Any,
 ) -> None:
-    """Expand SPEC (a file, or a study's name), run it, and print the correlation table.
+    """Expand SPEC (a file, a study's name, or - for standard input), run it, and print the correlation table.
 
     What the store has already is not run again: on a sweep that is there this is `resume`.
 
@@ -70,7 +85,7 @@ def run(
     document = read_spec(spec, overrides)
     opened = Store(store)
     name = str(document.data.get("name", spec))
-    options = _options(ctx, data_root, address, inline)
+    options = _options(ctx, data_root, address, inline, track)
     again = _resume_command(name, store, data_root, address, inline)
     outcome = _or_say_how_to_resume(again, lambda: run_spec(opened, document, options))
     _close(ctx, opened, outcome, again, form, output)
@@ -83,8 +98,10 @@ def run(
 @click.option("--shard", metavar="ID", help="Only the tasks of one shard.")
 @store_option
 @data_root_option
-@run_address_option
+@resume_address_option
 @inline_option
+@track_option
+@job_options
 @output_options
 @click.pass_context
 def resume(
@@ -97,25 +114,65 @@ def resume(
     data_root: str,
     address: str | None,
     inline: bool,
+    track: str | None,
     form: str,
     output: Any,
+    **given: Any,
 ) -> None:
     """Run exactly what SWEEP has unfinished: its tasks without a row `done`.
+
+    With --address http://HOST:8265 that is a job of its own on that cluster, as `submit` makes one, and the options
+    of jobs apply; with HOST:PORT or auto this process runs it on that cluster, as `run` does.
 
     \b
     prunesweep resume digits
     prunesweep resume digits --failed
     prunesweep resume digits --where "candidate < 10"
+    prunesweep resume digits --address http://head:8265 --store /shared/results --no-wait
     """
     from orchestrator.run import run_sweep
+
+    if address and address.startswith(("http://", "https://")) and not inline:
+        words = (*_narrowed(failed, where, shard), *(("--track", track) if track else ()))
+        _resume_there(ctx, sweep, words, store, data_root, address, given)
+        return
+    if meant := [f"--{name.replace('_', '-')}" for name, value in given.items() if value]:
+        raise UserError(f"{meant[0]} is about a job: it needs --address http://HOST:8265")
 
     opened = existing_store(store)
     manifest = opened.newest(sweep)
     only = _chosen(opened, sweep, failed, where, shard)
-    options = _options(ctx, data_root, address, inline)
+    options = _options(ctx, data_root, address, inline, track)
     again = _resume_command(sweep, store, data_root, address, inline)
     outcome = _or_say_how_to_resume(again, lambda: run_sweep(opened, manifest, options, only))
     _close(ctx, opened, outcome, again, form, output)
+
+
+def _narrowed(failed: bool, where: str | None, shard: str | None) -> tuple[str, ...]:
+    """The options that narrow a resume, as they were given."""
+    words = ("--failed",) if failed else ()
+    words += ("--where", where) if where else ()
+    return words + (("--shard", shard) if shard else ())
+
+
+def _resume_there(
+    ctx: click.Context,
+    sweep: str,
+    options: tuple[str, ...],
+    store: str,
+    data_root: str,
+    server: str,
+    given: dict[str, Any],
+) -> None:
+    """Submit a job that resumes a sweep. The store may be one that only the cluster sees."""
+    from orchestrator.cli_cluster import send
+    from storage.store import Store
+
+    location = Store(store).absolute
+    with contextlib.suppress(StoreError):
+        existing_store(store).newest(sweep)
+    words = ("resume", sweep, *options, "--store", location, "--data-root", absolute(data_root))
+    send(ctx, server, sweep, location, data_root, words, None, given)
 
 
 def _chosen(store: Store, sweep: str, failed: bool, where: str | None, shard: str | None) -> frozenset[str] | None:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import ClusterError
+from orchestrator.auth import refusal, token
+from orchestrator.errors import ClusterError, UserError
 
 if TYPE_CHECKING:
     from orchestrator.run import Options
 
 CONNECT_SECONDS = 10.0
 
-SETUP_HOOK: str | Callable[[], None] = "prunesweep.claim_rooms"
+_ASKED_FIRST = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+
+SHIPPED = "prunesweep_shipped"
+"""The package as which `submit` sends prunesweep to a cluster."""
+
+_START = f"{SHIPPED}.rooms.prunesweep" if Path(__file__).resolve().parents[2].name == SHIPPED else "prunesweep"
+
+SETUP_HOOK: str | Callable[[], None] = f"{_START}.claim_rooms"
 """Run first in every worker process, so that a `models` in the working directory is not taken for ours."""
 
 
@@ -45,6 +55,7 @@ def connected(options: Options) -> Iterator[None]:
                 ray.init(**arguments)
             except (ConnectionError, RayError, RuntimeError, ValueError) as error:
                 where = f"the Ray cluster at {options.address}" if options.address else "an embedded Ray"
+                _check_token(*re.findall(r"[\w.-]+:\d+$", first_line(error)))
                 raise ClusterError(f"cannot start on {where}: {first_line(error)}") from error
         yield
     except SystemExit as end:  # Ray's own handler of SIGTERM, which ray.init sets
@@ -54,7 +65,13 @@ def connected(options: Options) -> Iterator[None]:
 
 
 def check_reachable(address: str | None) -> None:
-    """Raise ClusterError where nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    """Raise ClusterError where nobody listens at HOST:PORT, or our token is not taken there; Ray itself would try
+    for long, and not say why."""
+    if address and address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{address} is a job server: `prunesweep submit` and `resume` send a sweep there; `run` takes "
+            "HOST:PORT of a running cluster, or auto"
+        )
     host, _, port = (address or "").rpartition(":")
     if not (host and port.isdigit()) or "://" in host:
         return  # `auto`, or a form that Ray resolves
@@ -62,6 +79,24 @@ def check_reachable(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise ClusterError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
+    _check_token(f"{host}:{port}")
+
+
+def _check_token(*addresses: str) -> None:
+    """Raise ClusterError where a Ray head does not take our token. It is asked for its id, as Ray does first."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return  # the channel would need Ray's certificates
+    import grpc
+
+    shown = token()
+    metadata = (("authorization", f"Bearer {shown.value}"),) if shown.value else ()
+    for address in addresses:
+        with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+            try:
+                channel.unary_unary(_ASKED_FIRST)(b"", timeout=CONNECT_SECONDS, metadata=metadata)
+            except grpc.RpcError as error:
+                if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                    raise ClusterError(refusal(f"the Ray cluster at {address}", shown)) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -37,7 +37,7 @@ class Driver:
     def __init__(
         self, store: Store, sweep: str, address: str | None, counts_of: Callable[[], Mapping[str, int]]
     ) -> None:
-        self._store = store
+        self._store, self.sweep = store, sweep
         self._about: dict[str, Any] = {"sweep": sweep, "address": address}
         self.sign = Sign(store, "drivers", lambda: {**self._about, **counts_of()}, self._look, LOOK_SECONDS)
         self.id = self.sign.id
@@ -45,7 +45,7 @@ class Driver:
         self.elsewhere: frozenset[str] = frozenset()
         self.end_worker: Callable[[Mapping[str, Any]], None] = lambda _: None
         self._beats: dict[str, tuple[str, float]] = {}
-        self._told = False
+        self._told = self._hurried = False
 
     def __enter__(self) -> Driver:
         self.sign.__enter__()
@@ -77,9 +77,8 @@ class Driver:
     def _look(self) -> None:
         """Called by the thread: what is elsewhere, who is frozen, whether to stop."""
         try:
-            if self.stop.is_set() and not self._told:
-                self._store.scratch.note(stop_note(self.id), {})
-                self._told = True
+            if self.stop.is_set():
+                self._pass_on_the_wish()
             notes = signs(self._store, "workers")
         except StoreError:
             self._beats.clear()  # nobody could be seen: nobody was seen to be still
@@ -91,6 +90,16 @@ class Driver:
         for name, note in notes.items():
             if note.get("driver") == self.id and note.get("node") and self._is_frozen(name, note["beat_at"]):
                 self.end_worker(note)
+
+    def _pass_on_the_wish(self) -> None:
+        """Tell our workers to stop; where somebody has noted that it is to be now, do not wait for them."""
+        wish = self._store.scratch.noted(stop_note(self.id))
+        if wish is None:
+            self._store.scratch.note(stop_note(self.id), {})
+        self._told = True
+        if wish and wish.get("now") and not self._hurried:
+            self._hurried = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _is_frozen(self, name: str, beat: str) -> bool:
         """Whether a note has been the same for long, by this process's clock."""
@@ -104,6 +113,15 @@ class Driver:
 def drivers(store: Store, sweep: str) -> list[dict[str, Any]]:
     """The notes of a sweep's drivers that live, as far as can be told from here."""
     return [note for note in living(store, "drivers").values() if note.get("sweep") == sweep]
+
+
+def hurry(store: Store, sweep: str) -> bool:
+    """Note that the drivers of a sweep, when they are asked to stop, are not to wait; whether there are any."""
+    notes = living(store, "drivers")
+    mine = [name.removeprefix("drivers/") for name, note in notes.items() if note.get("sweep") == sweep]
+    for driver in mine:
+        store.scratch.renew(stop_note(driver), {"now": True})
+    return bool(mine)
 
 
 @contextmanager

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.cluster import environment, first_line
+from orchestrator.auth import refusal
+from orchestrator.cluster import SHIPPED, environment, first_line
 from orchestrator.errors import ClusterError, UserError
 from storage.records import utc_now
 
@@ -21,13 +25,44 @@ if TYPE_CHECKING:
 AGENT_SECONDS = 90.0
 """How long `submit` waits for a cluster's job agent to come up."""
 
-SWEEP = "prunesweep_sweep"
-"""The job metadata under which a sweep's name is kept."""
+STOP_SECONDS = 30
+"""So long Ray waits for a job that it has asked to stop, before it kills it: more than drivers.GRACE_SECONDS."""
+
+SPEC_BYTES = 100_000
+"""A spec travels in the job's entrypoint, which Linux passes as one argument of at most 128 KiB."""
+
+SWEEP, STORE = "prunesweep_sweep", "store"
+"""The job metadata under which a sweep's name and its store are kept."""
+
+_END = "END_OF_SPEC"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run on a cluster: `prunesweep` with these words, and the text on its standard input.
+
+    `working_dir` is uploaded to be the job's working directory. Unless the image has prunesweep, ours is sent along.
+    """
+
+    sweep: str
+    store: str
+    words: tuple[str, ...]
+    stdin: str | None = None
+    working_dir: Path | None = None
+    image_has_prunesweep: bool = False
+    env: tuple[tuple[str, str], ...] = ()
+    submission_id: str | None = None
+    local: tuple[str, ...] = ()
+    """Folders that are not uploaded with the working directory: the store and the data, where they are inside."""
 
 
 @contextlib.contextmanager
 def job_server(address: str) -> Iterator[JobSubmissionClient]:
     """Ray's job server at `address` (http://HOST:8265). Raises ClusterError."""
+    if not is_job_server(address):
+        raise UserError(f"{address} is no job server: give --address http://HOST:8265")
+    from ray.exceptions import AuthenticationError
+
     try:
         # An address in the environment would win over the argument.
         with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
@@ -37,28 +72,126 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
         yield client
     except BrokenPipeError:  # our own stdout: `logs | head`
         raise
+    except AuthenticationError as error:
+        raise ClusterError(refusal(f"the Ray job server at {address}")) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"the Ray job server at {address} does not answer as asked: {first_line(error)}") from error
 
 
-def submit_job(address: str, sweep: str, spec: str, store: str, data_root: str) -> str:
-    """Submit a spec's text as a job that runs it on the cluster; return the submission id.
+def is_job_server(address: str) -> bool:
+    """Whether an address is a job server's, by its form; the others are where a driver connects."""
+    return address.startswith(("http://", "https://"))
 
-    The cluster has prunesweep installed, and sees the store and the data root.
+
+def submission_id(sweep: str) -> str:
+    """A new submission id that begins with the sweep's name."""
+    return f"{sweep}-{utc_now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def submit_job(address: str, job: Job) -> str:
+    """Submit a job; return its submission id. Raises UserError where the id is taken or the upload is too large."""
+    name = job.submission_id or submission_id(job.sweep)
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"--submission-id {name}: letters, digits, '.', '_' and '-' are allowed")
+    if job.working_dir is not None:
+        check_size(job.working_dir, excluded(job))
+    with tempfile.TemporaryDirectory(prefix="prunesweep-job-") as folder, job_server(address) as client:
+        there = {one.submission_id: one for one in client.list_jobs()}
+        if name in there:
+            raise UserError(
+                f"this cluster has a job {name} already ({there[name].status.value.lower()}): give another "
+                f"--submission-id, or none; `prunesweep logs {name}` shows its output"
+            )
+        return _submit(client, as_ray_takes_it(job, name, Path(folder)))
+
+
+def as_ray_takes_it(job: Job, name: str, folder: Path) -> dict[str, Any]:
+    """The arguments of Ray's submit_job. What is sent along of prunesweep is put into `folder`."""
+    env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **dict(job.env)}
+    runtime_env: dict[str, Any] = {"env_vars": env_vars}
+    if job.working_dir is not None:
+        runtime_env |= {"working_dir": str(job.working_dir), "excludes": excluded(job)}
+    if not job.image_has_prunesweep:
+        runtime_env["py_modules"] = [str(ship(folder))]
+    return {
+        "entrypoint": entrypoint(job),
+        "submission_id": name,
+        "runtime_env": runtime_env,
+        "metadata": {SWEEP: job.sweep, STORE: job.store},
+    }
+
+
+def entrypoint(job: Job) -> str:
+    """The job's shell command. The spec is its standard input, whatever else is uploaded."""
+    module = "prunesweep" if job.image_has_prunesweep else f"{SHIPPED}.rooms.prunesweep"
+    command = shlex.join(["python", "-m", module, *job.words])
+    if job.stdin is None:
+        return command
+    if len(job.stdin.encode()) > SPEC_BYTES:
+        raise UserError(
+            f"the spec has {len(job.stdin.encode())} bytes, and a job takes at most {SPEC_BYTES}: write lists of "
+            "layers as patterns, or split it"
+        )
+    end = _END
+    while end in job.stdin:
+        end += "_"
+    text = job.stdin if job.stdin.endswith("\n") else f"{job.stdin}\n"
+    return f"{command} <<'{end}'\n{text}{end}\n"
+
+
+def ship(folder: Path) -> Path:
+    """A copy of prunesweep's own packages in `folder`, as a package that Ray puts on every worker's path.
+
+    Two levels deep, so that no pattern that excludes a user's `/storage` meets ours.
     """
-    submission_id = f"{sweep}-{utc_now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    with tempfile.TemporaryDirectory() as folder, job_server(address) as client:
-        Path(folder, "spec.yaml").write_text(spec, encoding="utf-8")
-        # No --address: Ray tells a job its cluster in RAY_ADDRESS, where `auto` might find another one.
-        command = ["python", "-m", "prunesweep", "run", "spec.yaml"]
-        command += ["--store", store, "--data-root", data_root]
-        job = {
-            "entrypoint": shlex.join(command),
-            "submission_id": submission_id,
-            "runtime_env": {"working_dir": folder},
-            "metadata": {SWEEP: sweep, "store": store},
-        }
-        return _submit(client, job)
+    from prunesweep import ROOMS
+
+    ours, rooms = Path(__file__).resolve().parents[1], folder / SHIPPED / "rooms"
+    rooms.mkdir(parents=True)
+    for name in ROOMS:
+        if (ours / name).is_dir():
+            shutil.copytree(ours / name, rooms / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        else:
+            shutil.copy(ours / f"{name}.py", rooms)
+    shutil.copy(ours / "prunesweep.py", rooms)
+    for package in (rooms, rooms.parent):
+        (package / "__init__.py").touch()
+    return rooms.parent
+
+
+def excluded(job: Job) -> list[str]:
+    """What of the working directory is not uploaded, besides what .gitignore and .rayignore there name."""
+    if job.working_dir is None:
+        return []
+    here = job.working_dir.resolve()
+    inside = [Path(one).resolve() for one in job.local if "://" not in one]
+    return [f"/{one.relative_to(here).as_posix()}" for one in inside if here in one.parents]
+
+
+def check_size(folder: Path, excludes: list[str]) -> None:
+    """Raise UserError where a folder is more than Ray uploads."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env import packaging
+
+    sizes: dict[str, int] = {}
+
+    def add(path: Path) -> None:
+        if path.is_file():
+            first = path.relative_to(root).parts[0]
+            sizes[first] = sizes.get(first, 0) + path.stat().st_size
+
+    root = folder.absolute()
+    left_out = [packaging._get_excludes(root, [*get_runtime_env_default_excludes(), *excludes])]
+    packaging._dir_travel(root, left_out, add, include_gitignore=True)
+    total, limit = sum(sizes.values()), packaging.GCS_STORAGE_MAX_SIZE
+    if total >= limit:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        named = ", ".join(f"{name} ({sizes[name] / 2**20:.0f} MiB)" for name in largest)
+        raise UserError(
+            f"--working-dir {folder} has {total / 2**20:.0f} MiB, and Ray uploads less than {limit / 2**20:.0f}; the "
+            f"largest: {named}. Name what the sweep's code does not need in {folder}/.gitignore or .rayignore; data "
+            "and stores belong where every node sees them"
+        )
 
 
 def _submit(client: JobSubmissionClient, job: dict[str, Any]) -> str:
@@ -76,8 +209,19 @@ def _submit(client: JobSubmissionClient, job: dict[str, Any]) -> str:
 def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
     """The job with this submission id, or the newest of this sweep. Raises UserError."""
     jobs = [job for job in client.list_jobs() if job.submission_id]
-    found = [j for j in jobs if name in (j.submission_id, (j.metadata or {}).get(SWEEP))]
+    found = [j for j in jobs if name in (j.submission_id, sweep_of(j))]
     if not found:
-        known = sorted({(j.metadata or {}).get(SWEEP, j.submission_id or "") for j in jobs})
+        known = sorted({sweep_of(j) or j.submission_id or "" for j in jobs})
         raise UserError(f"no job or sweep {name} on this cluster; there are: {', '.join(known) or 'none'}")
     return max(found, key=lambda j: j.start_time or 0)
+
+
+def sweep_of(job: JobDetails) -> str | None:
+    """The sweep that a job runs; None for a job of somebody else."""
+    return (job.metadata or {}).get(SWEEP)
+
+
+def jobs_of_sweeps(client: JobSubmissionClient) -> list[JobDetails]:
+    """The jobs of this cluster that run a sweep, the newest first."""
+    found = [job for job in client.list_jobs() if job.submission_id and sweep_of(job)]
+    return sorted(found, key=lambda job: -(job.start_time or 0))

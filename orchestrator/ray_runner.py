@@ -25,6 +25,7 @@ from orchestrator.cluster import environment
 from orchestrator.endings import End, Ending, seen, told
 from orchestrator.errors import UserError
 from orchestrator.together import TogetherTrainable, bundle, pulse_of
+from orchestrator.tracking import measured
 from storage.machine import is_alive
 from storage.records import Shard
 from storage.store import Store
@@ -64,12 +65,13 @@ class ShardTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Run tasks for a while; `done` once the shard has ended, and how."""
-        started, failures, done = time.monotonic(), list[Failure](), 0
+        started, failures, done, measures = time.monotonic(), list[Failure](), 0, list[dict[str, float]]()
         ending: Ending | None = Ending(End.FINISHED)
         try:
             for row in self.rows:
                 done += row.status == "done"
                 failures += [failure(row)] if row.status == "failed" else []
+                measures.append(measured(row))
                 if time.monotonic() - started > STEP_SECONDS:
                     ending = None
                     break
@@ -78,6 +80,7 @@ class ShardTrainable(tune.Trainable):
         return {
             "tasks_done": done,
             "failures": failures,
+            "measures": measures,
             "messages": self.worker.take_messages(),
             "ending": None if ending is None else astuple(ending),
             "done": ending is not None,
@@ -202,7 +205,15 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
         while not driver.stop.is_set() and (precision := account.queue.precision):
             searcher = ShardSearcher(account.queue, precision, common, driver)
             placed = tune.with_resources(trainable, tune.PlacementGroupFactory([asked]))
-            _fit(placed, searcher, workers, Reporter(account, searcher))
+            _fit(placed, searcher, workers, [Reporter(account, searcher), *_trackers(options, driver)])
+
+
+def _trackers(options: Options, driver: Driver) -> list[tune.Callback]:
+    if options.track is None:
+        return []
+    from orchestrator.trackers import Trackers
+
+    return [Trackers(options.track, driver.sweep)]
 
 
 def end_worker(note: Mapping[str, Any]) -> None:
@@ -219,7 +230,7 @@ def _kill(pid: int, started: float) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _fit(trainable: Any, searcher: ShardSearcher, workers: int | None, reporter: Reporter) -> None:
+def _fit(trainable: Any, searcher: ShardSearcher, workers: int | None, callbacks: list[tune.Callback]) -> None:
     """One Tune run. Its own files go to a folder that goes with it; it never raises on failed trials."""
     with tempfile.TemporaryDirectory(prefix="prunesweep-tune-", ignore_cleanup_errors=True) as storage:
         tune.Tuner(
@@ -235,7 +246,7 @@ def _fit(trainable: Any, searcher: ShardSearcher, workers: int | None, reporter:
                 name="sweep",
                 storage_path=storage,
                 verbose=0,
-                callbacks=[reporter],
+                callbacks=callbacks,
                 failure_config=tune.FailureConfig(max_failures=0),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),

@@ -51,6 +51,7 @@ class Options:
     gpus: float | str = "auto"
     processes: int = 1
     limits: Limits = field(default_factory=Limits)
+    track: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -18,9 +19,11 @@ NOT_OF_THE_PAPER = ("digits",)
 
 
 def open_document(spec: str) -> Document:
-    """The document of a spec: a file's path, or a study's name. Raises UserError."""
+    """The document of a spec: a file's path, a study's name, or `-` for standard input. Raises UserError."""
     path = Path(spec)
     try:
+        if spec == "-":
+            return Document("standard input", sys.stdin.read())
         if path.is_file():
             return Document(spec, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -19,6 +19,7 @@ from ray.util.queue import Empty, Queue
 
 from orchestrator.account import Failure, failure
 from orchestrator.endings import End, Ending, told
+from orchestrator.tracking import measured
 from storage.records import Shard
 from storage.store import Store
 from workers.pulse import Limits, Pulse
@@ -109,10 +110,12 @@ def pulse_of(store: Store, config: dict[str, Any]) -> Pulse:
 def _told(worker: Worker, shard: Shard) -> dict[str, Any]:
     """Run a shard, and what is to be told of it: no ending where a task failed, and others are left."""
     done, failures, ending = 0, list[Failure](), Ending(End.FINISHED)
+    measures: list[dict[str, float]] = []
     try:
         for row in worker.run_shard(shard):
             done += row.status == "done"
             failures += [failure(row)] if row.status == "failed" else []
+            measures.append(measured(row))
     except Parted:
         ending = None
     except Exception as error:
@@ -120,6 +123,7 @@ def _told(worker: Worker, shard: Shard) -> dict[str, Any]:
     return {
         "tasks_done": done,
         "failures": failures,
+        "measures": measures,
         "messages": worker.take_messages(),
         "ending": None if ending is None else astuple(ending),
     }

@@ -1,0 +1,53 @@
+"""Ray's token authentication: which token this process would show, and what to say where it is not taken.
+
+Ray's rules (https://docs.ray.io/en/latest/ray-security/token-auth.html): with RAY_AUTH_MODE=token the token is
+RAY_AUTH_TOKEN, else the content of the file RAY_AUTH_TOKEN_PATH, else that of ~/.ray/auth_token. Without a mode,
+Ray >= 2.59 shows a token where it finds one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+HOW = (
+    "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or "
+    "in ~/.ray/auth_token"
+)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token, where it is from, or why there is none."""
+
+    value: str | None
+    source: str
+
+
+def token(environ: Mapping[str, str] = os.environ) -> Token:
+    """The token that Ray would show from here."""
+    mode = environ.get("RAY_AUTH_MODE", "").lower()
+    if mode == "disabled":
+        return Token(None, "RAY_AUTH_MODE is disabled here")
+    if value := environ.get("RAY_AUTH_TOKEN", "").strip():
+        return Token(value, "RAY_AUTH_TOKEN")
+    named = environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path(environ.get("HOME", "~")).expanduser() / ".ray" / "auth_token"
+    source = f"RAY_AUTH_TOKEN_PATH={named}" if named else str(path)
+    try:
+        value = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        value = ""
+    if value:
+        return Token(value, source)
+    return Token(None, f"{source} cannot be read or is empty" if named else f"there is no {source}")
+
+
+def refusal(who: str, shown: Token | None = None) -> str:
+    """What to say where `who` did not let us in."""
+    shown = shown or token()
+    if shown.value is None:
+        return f"{who} wants a token, and none was shown ({shown.source}): {HOW}"
+    return f"{who} does not take the token of {shown.source}: {HOW}"
