@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from math import ceil
 from typing import Any
 
@@ -83,8 +84,9 @@ def figure(width: float, height: float) -> Any:
 
 
 def columns(panels: int, width: float, least: float) -> int:
-    """How many panels go side by side, each `least` inches wide at least."""
-    return max(1, min(panels, int((width + 0.1) / least)))
+    """How many panels go side by side, each `least` inches wide at least; no more than fill the lowest row best."""
+    most = max(1, min(panels, int((width + 0.1) / least)))
+    return ceil(panels / ceil(panels / most))
 
 
 def sheet(panels: int, width: float, least: float, height: float, **shared: Any) -> tuple[Any, list[Any]]:
@@ -135,10 +137,17 @@ def _legend(figure: Any, handles: Sequence[Any], inches: float) -> int:
     for handle in handles:
         handle.set_label(words.wrapped(str(handle.get_label()), room - 7))
     texts = [max(map(len, handle.get_label().split("\n"))) + 7 for handle in handles]
-    across = next(n for n in range(len(texts), 0, -1) if n == 1 or n * max(texts) <= room)
+    across = next(n for n in range(len(texts), 0, -1) if n == 1 or _columns_width(texts, n) <= room)
     figure.legend(handles=list(handles), loc="outside lower center", ncols=across, handlelength=1.6, columnspacing=1.2)
     lines = [handle.get_label().count("\n") + 1 for handle in handles]
-    return ceil((ceil(sum(lines) / across) * 0.135 + 0.07) / 0.125)
+    return ceil((ceil(len(lines) / across) * max(lines) * 0.135 + 0.07) / 0.125)
+
+
+def _columns_width(widths: Sequence[int], across: int) -> int:
+    """Of texts that fill columns one after the other, the first ones with one more where they do not come out even."""
+    each, more = divmod(len(widths), across)
+    ends = [each * i + min(i, more) for i in range(across + 1)]
+    return sum(max(widths[start:end]) for start, end in pairwise(ends))
 
 
 def needs_log(values: np.ndarray) -> bool:

@@ -65,7 +65,7 @@ def heatmap(data: FigureData, width: float, height: float) -> list[Any]:
             look.panel_title(panel, table.name, (), inches - 0.6)
     down, over = heatmap_axes(data)
     look.title(figure, data.common)
-    look.labels(figure, f"{over.replace('_', ' ')}   ({SIGNIFICANT}; hatched: no τ)", down.replace("_", " "))
+    look.labels(figure, f"{over.replace('_', ' ')} ({SIGNIFICANT}; hatched: no τ)", down.replace("_", " "))
     bar = figure.colorbar(image, ax=panels, fraction=0.05, pad=0.02, aspect=18)
     bar.set_label(words.wrapped(tau_label(data), look.characters(figure.get_figheight() - 0.9, 7.5)))
     bar.outline.set_visible(False)
@@ -244,7 +244,7 @@ def _aside(panel: Any, places: Any, heights: Sequence[float], found: Sequence[Cl
     room = max(len(str(claim.n)) for claim in found)
     numbers = [str(claim.n).rjust(room, FIGURE_SPACE) for claim in found]
     head = "n".rjust(room, FIGURE_SPACE)
-    texts = [f"{n}   {text}" for n, text in zip([head, *numbers], ["p", *p], strict=True)]
+    texts = [f"{n}{FIGURE_SPACE * 3}{text}" for n, text in zip([head, *numbers], ["p", *p], strict=True)]
     side.set_yticks([-heights[0] / 2 - 0.6, *places], texts)
     side.tick_params(length=0)
     side.spines["right"].set_visible(False)
