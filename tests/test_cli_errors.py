@@ -331,7 +331,16 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "ls", "status made", "query from<rows", "corr made", "plan digits"],
+    [
+        "--help",
+        "ls",
+        "status made",
+        "query from<rows",
+        "corr made",
+        "plan digits",
+        "diff made made",
+        "plot made -o f.svg",
+    ],
 )
 def test_reading_needs_neither_torch_nor_ray(results: Path, arguments: str) -> None:
     """What only reads answers at once, also where torch or ray is broken or slow to import."""
