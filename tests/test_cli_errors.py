@@ -338,7 +338,6 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
         "query from<rows",
         "corr made",
         "plan digits",
-        "diff made made --over host",
         "plot made -o f.svg",
     ],
 )
