@@ -43,7 +43,7 @@ COMMANDS = {
     "import-logs": "cli_import",
     "studies": "cli_setup",
     "prefetch": "cli_setup",
-    "doctor": "cli_setup",
+    "doctor": "cli_doctor",
 }
 HELP = {
     "run": "Expand a spec or a study, run it, print the correlation table.",

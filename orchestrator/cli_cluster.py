@@ -107,8 +107,10 @@ def submit(
     from storage.store import Store
 
     document = read_spec(spec, overrides)
+    data_root = absolute(data_root)
+    store = store if "://" in store else absolute(store)
     with _started_in(given["working_dir"]):
-        checked = check(document, absolute(data_root))
+        checked = check(document, data_root)
         more = ("--track", track) if track else ()
         if rendering:
             env, folder = tuple(_variable(one) for one in given["env"]), given["working_dir"]
@@ -116,13 +118,9 @@ def submit(
             return
         location = Store(store).absolute
         server = _needed(address)
-        check_models(cells(checked, document, absolute(data_root)), absolute(data_root))
-    words = ("run", "-", *_where(location, data_root), *(("--track", track) if track else ()))
+        check_models(cells(checked, document, data_root), data_root)
+    words = ("run", "-", "--store", location, "--data-root", data_root, *more)
     send(ctx, server, checked.name, location, data_root, words, document.text(), given)
-
-
-def _where(location: str, data_root: str) -> tuple[str, ...]:
-    return ("--store", location, "--data-root", absolute(data_root))
 
 
 @contextlib.contextmanager

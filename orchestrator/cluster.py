@@ -24,23 +24,24 @@ _ASKED_FIRST = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 SHIPPED = "prunesweep_shipped"
 """The package as which `submit` sends prunesweep to a cluster."""
 
-_START = f"{SHIPPED}.rooms.prunesweep" if Path(__file__).resolve().parents[2].name == SHIPPED else "prunesweep"
+START = f"{SHIPPED}.rooms.prunesweep" if Path(__file__).resolve().parents[2].name == SHIPPED else "prunesweep"
 
-SETUP_HOOK: str | Callable[[], None] = f"{_START}.claim_rooms"
+SETUP_HOOK: str | Callable[[], None] = f"{START}.claim_rooms"
 """Run first in every worker process, so that a `models` in the working directory is not taken for ours."""
 
 
 @contextlib.contextmanager
-def connected(options: Options) -> Iterator[None]:
+def connected(options: Options, *, claiming: bool = True) -> Iterator[None]:
     """Connected to a Ray cluster: the one at `options.address`, or one embedded for this run.
 
-    Raises ClusterError with what to do.
+    Workers begin by claiming our rooms, which they need to have, unless told otherwise. Raises ClusterError with
+    what to do.
     """
     arguments: dict[str, Any] = {
         "address": options.address or "local",
         "log_to_driver": options.debug,
         "logging_level": logging.INFO if options.debug else logging.CRITICAL,
-        "runtime_env": {"worker_process_setup_hook": SETUP_HOOK},
+        "runtime_env": {"worker_process_setup_hook": SETUP_HOOK} if claiming else {},
     }
     if not options.address:
         arguments |= {"include_dashboard": False}

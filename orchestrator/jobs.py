@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
+import logging
 import re
 import secrets
 import shlex
@@ -35,6 +37,11 @@ SWEEP, STORE = "prunesweep_sweep", "store"
 """The job metadata under which a sweep's name and its store are kept."""
 
 _END = "END_OF_SPEC"
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+    "ray._private.authentication.http_token_authentication",
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Job:
     submission_id: str | None = None
     local: tuple[str, ...] = ()
     """Folders that are not uploaded with the working directory: the store and the data, where they are inside."""
+    of_a_sweep: bool = True
 
 
 @contextlib.contextmanager
@@ -63,6 +71,8 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
         raise UserError(f"{address} is no job server: give --address http://HOST:8265")
     from ray.exceptions import AuthenticationError
 
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         # An address in the environment would win over the argument.
         with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
@@ -117,7 +127,7 @@ def as_ray_takes_it(job: Job, name: str, folder: Path) -> dict[str, Any]:
         "entrypoint": entrypoint(job),
         "submission_id": name,
         "runtime_env": runtime_env,
-        "metadata": {SWEEP: job.sweep, STORE: job.store},
+        "metadata": {SWEEP: job.sweep, STORE: job.store} if job.of_a_sweep else {},
     }
 
 
@@ -206,6 +216,14 @@ def _submit(client: JobSubmissionClient, job: dict[str, Any]) -> str:
             time.sleep(1)
 
 
+def finished(address: str, name: str) -> str:
+    """The output of a job, once it has ended."""
+    with job_server(address) as client:
+        while not client.get_job_status(name).is_terminal():
+            time.sleep(0.5)
+        return client.get_job_logs(name)
+
+
 def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
     """The job with this submission id, or the newest of this sweep. Raises UserError."""
     jobs = [job for job in client.list_jobs() if job.submission_id]
@@ -221,7 +239,29 @@ def sweep_of(job: JobDetails) -> str | None:
     return (job.metadata or {}).get(SWEEP)
 
 
-def jobs_of_sweeps(client: JobSubmissionClient) -> list[JobDetails]:
+@dataclass(frozen=True)
+class SweepJob:
+    """A job of a cluster that runs a sweep: `state` in Ray's words, in small letters; `submitted_at` is UTC."""
+
+    job: str
+    sweep: str
+    store: str
+    state: str
+    submitted_at: str
+
+
+def jobs_of_sweeps(client: JobSubmissionClient) -> list[SweepJob]:
     """The jobs of this cluster that run a sweep, the newest first."""
-    found = [job for job in client.list_jobs() if job.submission_id and sweep_of(job)]
-    return sorted(found, key=lambda job: -(job.start_time or 0))
+    found = [(job, sweep) for job in client.list_jobs() if job.submission_id and (sweep := sweep_of(job))]
+    found.sort(key=lambda one: -(one[0].start_time or 0))
+    return [
+        SweepJob(
+            str(job.submission_id), sweep, (job.metadata or {}).get(STORE, ""), job.status.value.lower(), _utc(job)
+        )
+        for job, sweep in found
+    ]
+
+
+def _utc(job: JobDetails) -> str:
+    began = dt.datetime.fromtimestamp((job.start_time or 0) / 1000, dt.UTC)
+    return f"{began:%Y-%m-%d %H:%M:%S}"
