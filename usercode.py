@@ -74,6 +74,7 @@ def _files(found: ModuleSpec) -> Iterator[tuple[str, Path]]:
         assert found.origin is not None
         yield Path(found.origin).name, Path(found.origin)
         return
-    for folder in found.submodule_search_locations:
-        for path in sorted(Path(folder).rglob("*.py")):
+    # A package without __init__.py is found once for every time that its parent is on the path.
+    for folder in dict.fromkeys(Path(place).resolve() for place in found.submodule_search_locations):
+        for path in sorted(folder.rglob("*.py")):
             yield path.relative_to(folder).as_posix(), path

@@ -9,11 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from storage.store import Store
 
 settings.register_profile("patient", deadline=None)  # these machines are slow at times
 settings.load_profile("patient")
@@ -88,20 +93,27 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """`ray start --head` with two CPUs, for the whole test session; only our own process is ended."""
+    """`ray start --head` with two CPUs, for the whole test session."""
+    with ray_head(tmp_path_factory.mktemp("ray")) as head:
+        yield head
+
+
+@contextmanager
+def ray_head(folder: Path, **env: str) -> Iterator[Cluster]:
+    """A Ray head with two CPUs, its log in `folder`; only our own process is ended."""
     port, dashboard = free_port(), free_port()
     arguments = ["start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     arguments += [f"--port={port}", "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
     # Of its own, as other Ray heads may run here: embedded ones take the default.
     arguments += [f"--dashboard-agent-listen-port={free_port()}"]
-    arguments += [f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/ps-{os.getpid()}"]
-    log = tmp_path_factory.mktemp("ray") / "head.log"
+    arguments += [f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/ps-{os.getpid()}-{port}"]
+    log = folder / "head.log"
     with log.open("w") as out:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ray")), *arguments],
-            cwd=log.parent,
+            cwd=folder,
             # As on a node where the environment was activated: a job's entrypoint runs its `python`.
-            env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | env,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -128,6 +140,8 @@ def _wait_for_job_server(jobs: str, process: subprocess.Popen[bytes], log: Path)
         try:
             urllib.request.urlopen(f"{jobs}/api/version", timeout=2).close()
             return
+        except urllib.error.HTTPError:  # it is there, and wants a token
+            return
         except (urllib.error.URLError, OSError):
             time.sleep(0.25)
     pytest.fail(f"the Ray head did not come up:\n{log.read_text()}")
@@ -140,11 +154,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.fixture
+def quick_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A working directory with quick.yaml, whose jobs run quick tasks; and its store."""
+    from orchestrator import jobs
+    from storage.store import Store
+    from tests.faults.quick import spec
+
+    real = jobs.entrypoint
+    monkeypatch.setattr(jobs, "entrypoint", lambda job: real(job).replace("-m prunesweep", "-m tests.faults.quick", 1))
+    monkeypatch.chdir(tmp_path)
+    Path("quick.yaml").write_text(spec(count=10, resources="candidates_per_shard: 2, workers: 2"))
+    return Store(tmp_path / "results")
+
+
 SLOWEST_FIRST = (
     "test_readme",
     "test_workers",
     "test_drivers",
     "test_cluster",
+    "test_auth",
+    "test_doctor",
     "test_poison",
     "test_together",
     "test_interrupt",

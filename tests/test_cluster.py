@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.run import Options, run_sweep
+from orchestrator.cli_cluster import _variable
+from orchestrator.errors import UserError
+from orchestrator.jobs import Job, check_size, entrypoint, excluded, find_job, job_server, ship
+from storage.signs import signs
 from storage.store import Store
 from tests.conftest import TINY, Cluster, Prunesweep, command
-from tests.sweeps import committed
+from tests.jobs import ROOT, quickly, rows_of, wait_for
+from tests.sweeps import committed, left_over
+from tests.test_interrupt import in_process
 
 
 @pytest.fixture
@@ -44,51 +53,161 @@ def test_embedded_ray_from_such_a_folder(beside_models: Path, prunesweep: Prunes
 
 
 def test_submit_follow_and_read(cluster: Cluster, beside_models: Path, prunesweep: Prunesweep) -> None:
-    """`submit --no-wait` prints the id and next steps; `logs -f` follows to the end; the rows are there."""
-    environment = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}  # --address wins over it
+    """`submit --no-wait` from a folder with code of its own, uploaded without what .gitignore names: prunesweep comes
+    along, the environment reaches the workers and is shown nowhere; `logs -f` follows; the rows are there."""
+    (beside_models / "mine").mkdir()
+    (beside_models / "mine" / "nets.py").write_text(OWN_NETWORK)
+    (beside_models / ".gitignore").write_text("*.yaml\n/large\n")
+    (beside_models / "large").write_bytes(b"0" * 10**6)
+    own = TINY.replace("lenet5_mini", '"mine.nets:build"').replace("conv1", '"0"').replace("count: 4", "count: 2")
+    (beside_models / "tiny.yaml").write_text(own.replace("seed: [0, 1]", "seed: 0"))
+    environment = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "RAY_ADDRESS": "127.0.0.1:1"}  # --address wins
+    given = ["--working-dir", ".", "--env", "SECRET_OF_MINE=hush-7", "--submission-id", "tiny-by-name"]
     submitted = prunesweep(
-        "submit", "tiny.yaml", "--address", cluster.jobs, "--no-wait", cwd=beside_models, **environment
+        "submit", "tiny.yaml", "--address", cluster.jobs, "--no-wait", *given, cwd=beside_models, **environment
     )
     assert submitted.returncode == 0, submitted.stderr
-    job = submitted.stdout.strip()
-    assert job.startswith("tiny-") and f"prunesweep logs {job} -f --address {cluster.jobs}" in submitted.stderr
+    assert submitted.stdout == "tiny-by-name\n"
+    assert f"prunesweep logs tiny-by-name -f --address {cluster.jobs}" in submitted.stderr
     followed = prunesweep("logs", "tiny", "-f", "--address", cluster.jobs, cwd=beside_models)
     assert followed.returncode == 0, followed.stdout + followed.stderr
-    assert "tiny: 8 tasks done, none left" in followed.stdout
-    assert "lenet5_mini synthetic conv1 0.2 oracle" in followed.stdout
-    corr = prunesweep("corr", "tiny", "-f", "csv", cwd=beside_models)
-    assert corr.stdout.splitlines()[1].startswith("lenet5_mini synthetic conv1 0.2 oracle,4,4,2,")
+    assert "tiny: 2 tasks done, none left" in followed.stdout
+    assert "mine.nets:build synthetic 0 0.2 oracle" in followed.stdout
+    assert "tiny-by-name: succeeded" in followed.stderr
+    assert "hush-7" not in submitted.stdout + submitted.stderr + followed.stdout + followed.stderr
+    with job_server(cluster.jobs) as client:
+        job = client.get_job_info("tiny-by-name")
+    assert "hush-7" not in str(job.metadata) + job.entrypoint
+    again = prunesweep("submit", "tiny.yaml", "--address", cluster.jobs, *given, cwd=beside_models)
+    assert again.returncode == 2
+    assert "this cluster has a job tiny-by-name already (succeeded): give another --submission-id" in again.stderr
 
 
-def test_stop_a_submitted_sweep(cluster: Cluster, beside_models: Path, prunesweep: Prunesweep) -> None:
-    """`stop --address` ends the job; what is committed stays, and the rest can be run here."""
-    long = TINY.replace("epochs: 2, batch_size: 64", "epochs: 150, batch_size: 64")
-    (beside_models / "tiny.yaml").write_text(long)
-    submitted = prunesweep("submit", "tiny.yaml", "--address", cluster.jobs, "--no-wait", cwd=beside_models)
-    assert submitted.returncode == 0, submitted.stderr
-    store = Store(beside_models / "results")
-    for _ in range(1800):
-        if store.exists() and len(store.row_files()[0]) >= 1:
-            break
-        time.sleep(0.1)
-    stopped = prunesweep("stop", submitted.stdout.strip(), "--address", cluster.jobs, cwd=beside_models)
-    assert stopped.returncode == 0 and "stopped" in stopped.stderr, stopped.stderr
-    before = committed(store)
-    assert 1 <= len(before) < 8
-    manifest = store.newest("tiny")
-    assert run_sweep(store, manifest, Options(inline=True)).complete
-    assert before < committed(store) and len(committed(store)) == 8
+OWN_NETWORK = """\
+import os, sys
+from pathlib import Path
+from torch import nn
+
+def build(classes, shape):
+    if "ray" in sys.modules and os.environ.get("RAY_JOB_STOP_WAIT_TIME_S"):  # on the cluster
+        assert os.environ["SECRET_OF_MINE"] == "hush-7"
+        assert "prunesweep_shipped" in sys.modules["workers"].__file__, sys.modules["workers"].__file__
+        assert not Path("large").exists()
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 6, 5, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes)
+    )
+"""
 
 
-def test_submit_without_no_wait_fails_as_the_job_does(
-    cluster: Cluster, beside_models: Path, prunesweep: Prunesweep
+def test_stop_drains_and_resume_goes_on(
+    cluster: Cluster, quick_jobs: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that ends with unfinished tasks: exit code 3, and failed in Ray's eyes too."""
-    arguments = ["--set", "dense.lr=1.0e30", "--set", "candidates.count=1", "--address", cluster.jobs]
-    found = prunesweep("submit", "tiny.yaml", *arguments, cwd=beside_models)
-    assert found.returncode == 3, found.stdout + found.stderr
-    assert "could not be trained" in found.stdout
-    assert "failed" in found.stderr
+    """`stop` lets the tasks at work end, the job is stopped and what is committed stays; `status` and `ls` show the
+    cluster's jobs; `resume` to a job server is a job too, and ends the sweep."""
+    monkeypatch.setenv("QUICK_POISON", "{}")
+    at = ("--address", cluster.jobs)
+    code, out, err = in_process(capsys, "submit", "quick.yaml", *at, "--no-wait", *quickly(1.0))
+    assert code == 0, err
+    job = out.strip()
+    wait_for(lambda: rows_of(quick_jobs) >= 1)
+    code, _, err = in_process(capsys, "status", "quick", *at)
+    assert code == 0 and f"job {job} runs quick: running, since" in err and "a driver is at work" in err
+    code, _, err = in_process(capsys, "stop", "quick", *at)
+    assert code == 0 and f"{job}: stopped; what is committed stays" in err
+    before = committed(quick_jobs)
+    assert 1 <= len(before) < 10
+    code, out, err = in_process(capsys, "logs", "quick", "-f", *at)
+    assert code == 130 and "stopping: what is finished is committed" in out and "interrupted: what was" in out
+    assert f"{job}: stopped" in err
+    assert left_over(quick_jobs) == []
+    code, out, err = in_process(capsys, "resume", "quick", *at, *quickly())
+    assert code == 0, out + err
+    assert len(committed(quick_jobs)) == 10 and before < committed(quick_jobs)
+    code, out, _ = in_process(capsys, "ls", *at, "-f", "json")
+    (line,) = json.loads(out)
+    assert code == 0 and line["job_state"] == "succeeded" and line["job"] != job
+
+
+def test_stop_now(
+    cluster: Cluster, quick_jobs: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`stop --now` does not wait for tasks that would take minutes; what is committed stays."""
+    monkeypatch.setenv("QUICK_POISON", '{"2": "hang", "3": "hang", "4": "hang"}')
+    Path("quick.yaml").write_text(Path("quick.yaml").read_text().replace("shard: 2", "shard: 1"))
+    at = ("--address", cluster.jobs)
+    code, out, err = in_process(capsys, "submit", "quick.yaml", *at, "--no-wait", *quickly())
+    assert code == 0, err
+    wait_for(lambda: len([note for note in signs(quick_jobs, "workers").values() if note.get("task")]) == 2)
+    time.sleep(1)
+    asked, before = time.monotonic(), committed(quick_jobs)
+    code, _, err = in_process(capsys, "stop", out.strip(), *at, "--now")
+    assert code == 0 and "stopped; what is committed stays" in err
+    assert time.monotonic() - asked < 12  # a drain would wait 25 s for them
+    assert before <= committed(quick_jobs)
+
+
+def test_failed_tasks_fail_the_job(
+    cluster: Cluster, quick_jobs: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that ends with failed tasks: exit code 3, and failed in Ray's eyes too."""
+    monkeypatch.setenv("QUICK_POISON", '{"1": "raise"}')
+    code, out, err = in_process(capsys, "submit", "quick.yaml", "--address", cluster.jobs, *quickly())
+    assert code == 3, out + err
+    assert "9 tasks done, 1 failed, 0 pending" in out
+    assert "failed: exit code 3" in err
+    with job_server(cluster.jobs) as client:
+        assert find_job(client, "quick").status.value == "FAILED"
+
+
+def test_what_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than Ray uploads is refused with what is largest; what is ignored, or the store inside, does not count."""
+    from ray._private.runtime_env import packaging
+
+    monkeypatch.setattr(packaging, "GCS_STORAGE_MAX_SIZE", 2 * 2**20)
+    for name in ("results", "large", "ignored", ".git"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"0" * 2**21)
+    (tmp_path / ".gitignore").write_text("ignored\n")
+    job = Job("s", str(tmp_path / "results"), (), working_dir=tmp_path, local=(str(tmp_path / "results"),))
+    assert excluded(job) == ["/results"]
+    with pytest.raises(UserError, match=r"has 2 MiB, and Ray uploads less than 2; the largest: large \(2 MiB\)"):
+        check_size(tmp_path, excluded(job))
+    (tmp_path / "large" / "file").unlink()
+    check_size(tmp_path, excluded(job))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=300))
+def test_a_spec_reaches_the_job_as_it_is(text: str) -> None:
+    """Whatever the text, the shell hands it over unchanged (with a newline at its end)."""
+    command = entrypoint(Job("s", "store", (), text, image_has_prunesweep=True)).replace(
+        "python -m prunesweep", "cat", 1
+    )
+    got = subprocess.run(["sh", "-c", command], capture_output=True, check=True).stdout.decode()
+    assert got == (text if text.endswith("\n") else f"{text}\n")
+
+
+def test_what_is_sent_along_is_all_of_prunesweep(tmp_path: Path) -> None:
+    """Every file that is installed is sent, and can be imported as it lies."""
+    sent = ship(tmp_path) / "rooms"
+    code = "import prunesweep_shipped.rooms.prunesweep as p; p.claim_rooms(); import storage, usercode; "
+    code += "print(storage.__file__, usercode.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.split() == [str(sent / "storage/__init__.py"), str(sent / "usercode.py")], found.stderr
+    for name in ("workers/chain.cpp", "storage/views.sql", "orchestrator/studies/digits.yaml", "prunesweep.py"):
+        assert (sent / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not list(sent.rglob("__pycache__"))
+
+
+def test_env_is_read_here_and_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KEY=VALUE, or KEY for its value here; what is refused is not repeated."""
+    monkeypatch.setenv("KEPT_HERE", "x=y")
+    assert [_variable("A=b=c"), _variable("A="), _variable("KEPT_HERE")] == [
+        ("A", "b=c"), ("A", ""), ("KEPT_HERE", "x=y")]  # fmt: skip
+    with pytest.raises(UserError, match="write it as KEY=VALUE") as told:
+        _variable("not a name=hush")
+    assert "hush" not in str(told.value)
+    with pytest.raises(UserError, match="NOT_SET_ANYWHERE: it is not set here"):
+        _variable("NOT_SET_ANYWHERE")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +215,8 @@ def test_submit_without_no_wait_fails_as_the_job_does(
     [
         ["run", "tiny.yaml", "--address", "127.0.0.1:1"],
         ["submit", "tiny.yaml", "--address", "http://127.0.0.1:1"],
+        ["resume", "tiny", "--address", "http://127.0.0.1:1"],
+        ["status", "tiny", "--address", "http://127.0.0.1:1"],
         ["logs", "tiny", "--address", "http://127.0.0.1:1"],
         ["stop", "tiny", "--address", "http://127.0.0.1:1"],
     ],
