@@ -114,7 +114,7 @@ def submit(
         more = ("--track", track) if track else ()
         if rendering:
             env, folder = tuple(_variable(one) for one in given["env"]), given["working_dir"]
-            write_manifest(rendering, document, checked, store, data_root, more, env, Path.cwd() if folder else None)
+            write_manifest(rendering, document, checked, more, env, Path.cwd() if folder else None)
             return
         location = Store(store).absolute
         server = _needed(address)

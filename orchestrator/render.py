@@ -90,35 +90,34 @@ def render(kind: str, sweep: Sweep) -> str:
 
 @dataclass(frozen=True)
 class Rendering:
-    """What `submit` was asked to write instead of submitting: a manifest of `kind`, to `output` or stdout."""
+    """What `submit` was asked to write instead of submitting: a manifest of `kind`, to `output` or stdout. `store` and
+    `data_root` are as the nodes see them."""
 
     kind: str
     image: str | None
     output: Path | None
+    store: str
+    data_root: str
 
 
 def write_manifest(
     rendering: Rendering,
     document: Document,
     spec: SweepSpec,
-    store: str,
-    data_root: str,
     arguments: tuple[str, ...] = (),
     env: tuple[tuple[str, str], ...] = (),
     folder: Path | None = None,
 ) -> None:
-    """Write the manifest of a checked spec. Raises UserError where an option is missing or of another kind."""
-    on_slurm = rendering.kind == "slurm"
-    _check_image(rendering)
-    if folder and not on_slurm:
+    """Write the manifest of a checked spec, with more of `run`'s options, variables, and the folder to start in."""
+    if folder and rendering.kind != "slurm":
         raise UserError("--working-dir cannot go into a manifest for Kubernetes: put your code into the image")
     sweep = Sweep(
         spec.name,
         document.text(),
         tuple(spec.grid.dataset),
         spec.resources,
-        _shared(store) if on_slurm else _of_pods(store),
-        absolute(data_root) if on_slurm else data_root if data_root.startswith("/") else "/data",
+        rendering.store,
+        rendering.data_root,
         rendering.image or "",
         str(Path(sys.executable).parent),
         arguments,
@@ -128,11 +127,15 @@ def write_manifest(
     put(render(rendering.kind, sweep).encode(), rendering.output)
 
 
-def _check_image(rendering: Rendering) -> None:
-    if rendering.kind == "slurm" and rendering.image:
-        raise UserError("--image is of --render rayjob and raycluster; a SLURM job runs what is installed here")
-    if rendering.kind != "slurm" and not rendering.image:
-        raise UserError(f"--render {rendering.kind} needs --image, which all nodes run: deploy/Dockerfile builds it")
+def rendering_of(kind: str, image: str | None, output: Path | None, store: str, data_root: str) -> Rendering:
+    """What the options ask for, places as they were typed. Raises UserError where one is missing or of another kind."""
+    if kind == "slurm":
+        if image:
+            raise UserError("--image is of --render rayjob and raycluster; a SLURM job runs what is installed here")
+        return Rendering(kind, None, output, _shared(store), absolute(data_root))
+    if not image:
+        raise UserError(f"--render {kind} needs --image, which all nodes run: deploy/Dockerfile builds it")
+    return Rendering(kind, image, output, _of_pods(store), data_root if data_root.startswith("/") else "/data")
 
 
 def _shared(store: str) -> str:
@@ -277,7 +280,9 @@ def render_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, kind: str | None, image: str | None, output: Path | None, **options: Any) -> Any:
         if not kind and (image or output):
             raise click.UsageError("--image and -o say how to write a manifest: give --render as well")
-        return command(*args, rendering=Rendering(kind, image, output) if kind else None, **options)
+        places = options["store"], options["data_root"]
+        rendering = rendering_of(kind, image, output, *places) if kind else None
+        return command(*args, rendering=rendering, **options)
 
     kind = click.option(
         "--render", "kind", type=click.Choice(KINDS), help="Write a manifest for this sweep instead of submitting it."

@@ -251,13 +251,15 @@ def test_the_slurm_script(variant: str, tmp_path: Path) -> None:
     text = script.read_text()
     begin = text.index("<<'END_OF_SPEC'\n") + len("<<'END_OF_SPEC'\n")
     assert text[begin : text.index("END_OF_SPEC\n", begin)] == sweep.text
-    words = shlex.split(re.findall(r"ray symmetric-run(.*?)&$", text, re.DOTALL | re.MULTILINE)[0].replace("\\\n", ""))
+    words = shlex.split(
+        re.findall(r"ray symmetric-run(.*?) \|\| true$", text, re.DOTALL | re.MULTILINE)[0].replace("\\\n", "")
+    )
     words = [re.sub(r"\$\{?\w+(:-\w+)?\}?", "2", word) for word in words]
     end = words.index("--")
     context = symmetric_run.make_context("ray symmetric-run", words[:end], resilient_parsing=False)
     assert context.params["min_nodes"] == 2
     assert_ray_start_takes(["--head", *context.params["ray_args_and_entrypoint"]])
-    assert words[end + 1 : end + 3] == ["prunesweep", "run"]
+    assert words[end + 5 : end + 7] == ["prunesweep", "run"]
 
 
 def test_a_spec_with_the_end_mark_in_it() -> None:

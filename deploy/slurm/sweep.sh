@@ -28,7 +28,8 @@ data_root=/shared/data
 (umask 077 && ray get-auth-token --generate >/dev/null)
 
 spec="$(mktemp)"
-trap 'rm -f "$spec"' EXIT
+ended="$(mktemp)"
+trap 'rm -f "$spec" "$ended"' EXIT
 cat >"$spec" <<'END_OF_SPEC'
 # arXiv 2412.00143: every way to remove filters of conv1 of LeNet5-Mini on MNIST, at seven ratios.
 name: lenet5-mini-conv1
@@ -48,26 +49,37 @@ END_OF_SPEC
 
 # This script runs on the first node, and so do Ray's head and the driver.
 head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+export head spec ended store data_root
+# shellcheck disable=SC2016,SC2329 # the inner shell expands it; srun calls it
+on_each_node() {
   ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
-  --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" -- \
-  prunesweep run "$spec" --address "$head:6379" --store "$store" --data-root "$data_root" &
-steps=$!
+    --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" -- \
+    bash -c 'code=0; "$@" || code=$?; echo "$code" >"$0"' "$ended" \
+    prunesweep run "$spec" --address "$head:6379" --store "$store" --data-root "$data_root" || true
+  if [ "$SLURM_NODEID" = 0 ] && [ ! -s "$ended" ]; then
+    echo 4 >"$ended" # Ray did not start
+  fi
+}
+export -f on_each_node
+# The others do not end with the head: this script does, and what is left of the job with it. A node that is lost
+# on the way costs what it was at, not the job.
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+  --wait=0 --kill-on-bad-exit=0 bash -c on_each_node &
+nodes=$!
 
 again=no
 # shellcheck disable=SC2329 # the trap calls it
 stop() {
   again=yes
-  signalled=yes
   prunesweep stop lenet5-mini-conv1 --store "$store" || true
 }
 trap stop USR1
-while :; do # a signal ends a wait
-  signalled=no
-  code=0
-  wait "$steps" || code=$?
-  [ "$signalled" = yes ] || break
+while [ ! -s "$ended" ] && kill -0 "$nodes" 2>/dev/null; do
+  sleep 2 &
+  wait $! || true # which a signal ends
 done
+code="$(cat "$ended")"
+code="${code:-1}"
 if [ "$again" = yes ] && [ "$code" -ne 0 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
