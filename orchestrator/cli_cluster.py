@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.errors import ClusterError, UserError
-from orchestrator.options import absolute, data_root_option, existing_store, read_spec, set_option, store_option
+from orchestrator.options import (
+    absolute,
+    data_root_option,
+    existing_store,
+    read_spec,
+    set_option,
+    share_options,
+    share_words,
+    store_option,
+)
 from orchestrator.render import Rendering, render_options, write_manifest
 from orchestrator.tracking import track_option
 from storage.errors import StoreError
@@ -74,6 +83,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @data_root_option
 @address_option
 @job_options
+@share_options
 @track_option
 @render_options
 @click.pass_context
@@ -111,7 +121,7 @@ def submit(
     store = store if "://" in store else absolute(store)
     with _started_in(given["working_dir"]):
         checked = check(document, data_root)
-        more = ("--track", track) if track else ()
+        more = share_words(given["max_workers"], given["priority"]) + (("--track", track) if track else ())
         if rendering:
             env, folder = tuple(_variable(one) for one in given["env"]), given["working_dir"]
             write_manifest(rendering, document, checked, more, env, Path.cwd() if folder else None)

@@ -22,6 +22,8 @@ from orchestrator.options import (
     read_spec,
     run_address_option,
     set_option,
+    share_options,
+    share_words,
     store_option,
 )
 from orchestrator.tracking import track_option
@@ -40,12 +42,28 @@ resume_address_option = click.option(
 )
 
 
-def _options(ctx: click.Context, data_root: str, address: str | None, inline: bool, track: str | None) -> Options:
+def _options(
+    ctx: click.Context,
+    data_root: str,
+    address: str | None,
+    inline: bool,
+    track: str | None,
+    max_workers: int | None,
+    priority: float,
+) -> Options:
     from orchestrator.run import Options
     from orchestrator.tracking import check_tracker
 
     check_tracker(track, inline)
-    return Options(absolute(data_root), None if inline else address, inline, ctx.obj["debug"], track=track)
+    return Options(
+        absolute(data_root),
+        None if inline else address,
+        inline,
+        ctx.obj["debug"],
+        track=track,
+        max_workers=max_workers,
+        priority=priority,
+    )
 
 
 @click.command()
@@ -55,6 +73,7 @@ def _options(ctx: click.Context, data_root: str, address: str | None, inline: bo
 @data_root_option
 @run_address_option
 @inline_option
+@share_options
 @track_option
 @output_options
 @click.pass_context
@@ -67,6 +86,8 @@ def run(
     address: str | None,
     inline: bool,
     track: str | None,
+    max_workers: int | None,
+    priority: float,
     form: str,
     output: Any,
 ) -> None:
@@ -85,8 +106,8 @@ def run(
     document = read_spec(spec, overrides)
     opened = Store(store)
     name = str(document.data.get("name", spec))
-    options = _options(ctx, data_root, address, inline, track)
-    again = _resume_command(name, store, data_root, address, inline)
+    options = _options(ctx, data_root, address, inline, track, max_workers, priority)
+    again = _resume_command(name, store, data_root, address, inline, *share_words(max_workers, priority))
     outcome = _or_say_how_to_resume(again, lambda: run_spec(opened, document, options))
     _close(ctx, opened, outcome, again, form, output)
 
@@ -100,6 +121,7 @@ def run(
 @data_root_option
 @resume_address_option
 @inline_option
+@share_options
 @track_option
 @job_options
 @output_options
@@ -115,6 +137,8 @@ def resume(
     address: str | None,
     inline: bool,
     track: str | None,
+    max_workers: int | None,
+    priority: float,
     form: str,
     output: Any,
     **given: Any,
@@ -133,7 +157,11 @@ def resume(
     from orchestrator.run import run_sweep
 
     if address and address.startswith(("http://", "https://")) and not inline:
-        words = (*_narrowed(failed, where, shard), *(("--track", track) if track else ()))
+        words = (
+            *_narrowed(failed, where, shard),
+            *share_words(max_workers, priority),
+            *(("--track", track) if track else ()),
+        )
         _resume_there(ctx, sweep, words, store, data_root, address, given)
         return
     if meant := [f"--{name.replace('_', '-')}" for name, value in given.items() if value]:
@@ -142,8 +170,8 @@ def resume(
     opened = existing_store(store)
     manifest = opened.newest(sweep)
     only = _chosen(opened, sweep, failed, where, shard)
-    options = _options(ctx, data_root, address, inline, track)
-    again = _resume_command(sweep, store, data_root, address, inline)
+    options = _options(ctx, data_root, address, inline, track, max_workers, priority)
+    again = _resume_command(sweep, store, data_root, address, inline, *share_words(max_workers, priority))
     outcome = _or_say_how_to_resume(again, lambda: run_sweep(opened, manifest, options, only))
     _close(ctx, opened, outcome, again, form, output)
 
@@ -200,11 +228,11 @@ def _or_say_how_to_resume(command: str, work: Callable[[], Outcome]) -> Outcome:
         raise
 
 
-def _resume_command(sweep: str, store: str, data_root: str, address: str | None, inline: bool) -> str:
+def _resume_command(sweep: str, store: str, data_root: str, address: str | None, inline: bool, *more: str) -> str:
     """What a person types to go on as they began."""
     words = ["prunesweep", "resume", sweep, "--store", store, "--data-root", data_root]
     words += ["--inline"] if inline else ["--address", address] if address else []
-    return shlex.join(words)
+    return shlex.join([*words, *more])
 
 
 def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form: str, output: Any) -> None:

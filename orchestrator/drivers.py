@@ -35,10 +35,15 @@ class Driver:
     """
 
     def __init__(
-        self, store: Store, sweep: str, address: str | None, counts_of: Callable[[], Mapping[str, int]]
+        self,
+        store: Store,
+        sweep: str,
+        address: str | None,
+        counts_of: Callable[[], Mapping[str, int]],
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         self._store, self.sweep = store, sweep
-        self._about: dict[str, Any] = {"sweep": sweep, "address": address}
+        self._about: dict[str, Any] = {"sweep": sweep, "address": address, **(asked or {})}
         self.sign = Sign(store, "drivers", lambda: {**self._about, **counts_of()}, self._look, LOOK_SECONDS)
         self.id = self.sign.id
         self.stop = threading.Event()

@@ -25,6 +25,11 @@ class End(StrEnum):
     DIED = "died"
     PREEMPTED = "preempted"
     NOT_STARTED = "not started"
+    GAVE_WAY = "gave way"
+
+
+class Unfit(Exception):
+    """A node on which no worker can run: it does not see the store, or has not the data."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ def told(error: Exception) -> Ending:
             return Ending(End.NO_MEMORY, said, task)
         case Repeated():
             return Ending(End.REPEATED, str(error))
+        case Unfit():
+            return Ending(End.NOT_STARTED, str(error))
         case StoreError():
             return Ending(End.STORE, str(error))
         case _:

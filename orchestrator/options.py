@@ -49,6 +49,27 @@ run_address_option = click.option(
     envvar="RAY_ADDRESS",
     help="A running Ray cluster (auto, or HOST:PORT). Without it, Ray is started for this run.",
 )
+
+
+def share_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--max-workers and --priority: what a run takes of a cluster that others use too."""
+    most = click.option("--max-workers", type=click.IntRange(1), help="So many shards at once at most.")
+    priority = click.option(
+        "--priority",
+        type=click.FloatRange(0.01, 1000),
+        default=1.0,
+        show_default=True,
+        help="The weight of this sweep where several share a cluster: one of 2 gets twice the share of one of 1.",
+    )
+    return most(priority(command))
+
+
+def share_words(max_workers: int | None, priority: float) -> tuple[str, ...]:
+    """The same as they were given."""
+    words = () if max_workers is None else ("--max-workers", str(max_workers))
+    return words + (() if priority == 1 else ("--priority", f"{priority:g}"))
+
+
 where_option = click.option("--where", metavar="SQL", help="Only candidates for which this holds.")
 
 

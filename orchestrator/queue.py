@@ -73,6 +73,10 @@ class Queue:
         """Nothing runs, and nothing of a precision can start."""
         return not self.running and not any(s.precision == precision and self._can_start(s) for s in self.waiting)
 
+    def wanted(self, precision: str) -> int:
+        """How many shards of a precision run, or could."""
+        return len(self.running) + sum(s.precision == precision and self._can_start(s) for s in self.waiting)
+
     def next(self, precision: str, elsewhere: frozenset[str] = frozenset()) -> Shard | None:
         """The next shard of a precision that can start, now running; None while all must wait.
 
@@ -135,6 +139,7 @@ class Queue:
             End.TIME: self._out_of_time,
             End.DIED: self._died,
             End.PREEMPTED: self._again,
+            End.GAVE_WAY: self._again,
         }
         # STOPPED and REPEATED: what is unfinished stays so.
         return follow[ending.kind](shard, ending) if ending.kind in follow else []

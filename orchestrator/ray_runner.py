@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,19 @@ import ray
 import ray.cloudpickle
 from ray import tune
 from ray.exceptions import RayActorError
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.account import Account, Failure, failure
 from orchestrator.cluster import environment
 from orchestrator.endings import End, Ending, seen, told
-from orchestrator.errors import UserError
-from orchestrator.together import TogetherTrainable, bundle, pulse_of
+from orchestrator.nodes import capacity, fit_to_run
+from orchestrator.placement import Placement, placement
+from orchestrator.sharing import Board, Claim, Sharing
+from orchestrator.together import TogetherTrainable, pulse_of
 from orchestrator.tracking import measured
-from storage.machine import is_alive
+from storage.machine import is_alive, machine
 from storage.records import Shard
 from storage.store import Store
 from workers.worker import Worker, last_line
@@ -42,6 +46,7 @@ STEP_SECONDS = 1.0
 _TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the searcher hands out no more than may run
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # of its own state: nothing is restored from it
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -56,15 +61,18 @@ class ShardTrainable(tune.Trainable):
         store, precision = Store(config["store"]), Shard.from_dict(config["shard"]).precision
         self.pulse = pulse_of(store, config)
         self.pulse.__enter__()
-        self.worker = Worker(store, config["data_root"], precision, cpu=config["cpu"], pulse=self.pulse)
+        part = config["gpus"]
+        self.worker = Worker(store, config["data_root"], precision, cpu=config["cpu"], pulse=self.pulse, part=part)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.rows = self.worker.run_shard(Shard.from_dict(new_config["shard"]))
+        shard = Shard.from_dict(new_config["shard"])
+        self.rows = fit_to_run(new_config, shard, self.worker.run_shard(shard))
         return True
 
     def step(self) -> dict[str, Any]:
-        """Run tasks for a while; `done` once the shard has ended, and how."""
+        """Run tasks for a while; an `ending` once the shard has ended, and how. It is the driver that then calls the
+        trial done: it may want the place."""
         started, failures, done, measures = time.monotonic(), list[Failure](), 0, list[dict[str, float]]()
         ending: Ending | None = Ending(End.FINISHED)
         try:
@@ -83,7 +91,6 @@ class ShardTrainable(tune.Trainable):
             "measures": measures,
             "messages": self.worker.take_messages(),
             "ending": None if ending is None else astuple(ending),
-            "done": ending is not None,
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -94,11 +101,11 @@ class ShardTrainable(tune.Trainable):
 
 
 class ShardSearcher(Searcher):
-    """Hands Tune the queue's shards."""
+    """Hands Tune the queue's shards, as many at once as this driver may run."""
 
-    def __init__(self, queue: Queue, precision: str, common: dict[str, Any], driver: Driver) -> None:
+    def __init__(self, queue: Queue, precision: str, common: dict[str, Any], driver: Driver, room: Room) -> None:
         super().__init__()
-        self.queue, self.precision, self.common, self.driver = queue, precision, common, driver
+        self.queue, self.precision, self.common, self.driver, self.room = queue, precision, common, driver, room
         self.shard_of: dict[str, str] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
@@ -107,11 +114,13 @@ class ShardSearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.driver.stop.is_set():
             self.queue.halt()
+        if len(self.shard_of) >= self.room.now(self.queue.wanted(self.precision)):
+            return None
         shard = self.queue.next(self.precision, self.driver.elsewhere)
         if shard is None:
             return Searcher.FINISHED if self.queue.exhausted(self.precision) else None
         self.shard_of[trial_id] = shard.shard_id
-        return {"shard": shard.to_dict(), **self.common}
+        return {"shard": shard.to_dict(), **self.common, "gpus": self.room.placement.of(shard)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing: the reporter hears of it, and in case of an error of which."""
@@ -125,6 +134,46 @@ class ShardSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("resume from the store")
+
+
+@dataclass
+class Room:
+    """How many shards this driver may have running at once."""
+
+    placement: Placement
+    sharing: Sharing
+    at_most: float
+    priority: float
+
+    def now(self, wanted: int) -> int:
+        """So many, of `wanted` that it could run."""
+        claim = Claim(self.placement.asked, int(min(wanted, self.at_most)), self.priority)
+        return int(min(self.sharing.share(claim), self.at_most))
+
+
+class Turns(FIFOScheduler):
+    """Ends a trial with its shard, or between two tasks, and then its process too, where other drivers wait for
+    their share: Tune would keep an actor that is not needed at the moment, with its place on the cluster."""
+
+    def __init__(self, searcher: ShardSearcher) -> None:
+        super().__init__()
+        self.searcher = searcher
+        self.since: dict[str, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as of the searcher."""
+        return {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        actor, running = trial.temporary_state.ray_actor, self.searcher.shard_of
+        self.searcher.room.now(self.searcher.queue.wanted(self.searcher.precision))
+        since = self.since.setdefault(actor._actor_id.hex(), time.monotonic())
+        if not self.searcher.room.sharing.gives_way(len(running), since):
+            return TrialScheduler.CONTINUE if result["ending"] is None else TrialScheduler.STOP
+        result["gives_way"] = True
+        actor.stop.remote()
+        actor.__ray_terminate__.remote()
+        return TrialScheduler.CONTINUE  # what Tune asks of it next finds it gone
 
 
 class Reporter(tune.Callback):
@@ -148,9 +197,13 @@ class Reporter(tune.Callback):
         if result["ending"] is not None:
             kind, reason, task = result["ending"]
             self._ended(trial, Ending(End(kind), reason, task))
+        elif result.get("gives_way"):
+            self._ended(trial, Ending(End.GAVE_WAY))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process is gone: what our own code raises comes as a result."""
+        if trial.trial_id not in self.searcher.shard_of:  # it has given way
+            return
         error = _error_of(trial)
         note = self.searcher.driver.note_of(self.searcher.shard_of[trial.trial_id])
         # Ray goes on with what may have been the cause.
@@ -181,31 +234,41 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
 
     A process holds one precision, so each precision has its own Tune run, with actors of its own.
     """
-    gpus = _gpus(options)
-    _check_fits(options.cpus, gpus, options.processes)
+    placed = placement(options, account.queue.waiting)
     several = options.processes > 1
-    workers = None if options.workers == "auto" else int(options.workers)
-    pending = workers or _slots(options.cpus, gpus, options.processes)
-    trainable = TogetherTrainable if several else ShardTrainable
-    # Ray Train asks for what its processes get; who starts them only waits, and Tune knows no bundle of nothing.
-    asked = {"memory": 1.0} if several else bundle(options.cpus, gpus)
-    workers = pending if several else workers
+    room = Room(
+        placed, Sharing(ray.get_runtime_context().get_job_id(), Board(), capacity), _most(options), options.priority
+    )
     common = {
         "store": store.absolute,
         "data_root": options.data_root,
-        "cpu": gpus == 0,
+        "cpu": placed.gpus == 0,
         "driver": driver.id,
+        "machine": machine(),
         "limits": asdict(options.limits),
         "processes": options.processes,
         "cpus": options.cpus,
-        "gpus": gpus,
     }
+
+    def asked(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        # Ray Train asks for what its processes get; who starts them only waits, and Tune knows no bundle of nothing.
+        return tune.PlacementGroupFactory([{"memory": 1.0} if several else placed.bundle(config["gpus"])])
+
+    trainable = tune.with_resources(TogetherTrainable if several else ShardTrainable, asked)
     driver.end_worker = end_worker
-    with environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(pending)}), contextlib.redirect_stdout(sys.stderr):
-        while not driver.stop.is_set() and (precision := account.queue.precision):
-            searcher = ShardSearcher(account.queue, precision, common, driver)
-            placed = tune.with_resources(trainable, tune.PlacementGroupFactory([asked]))
-            _fit(placed, searcher, workers, [Reporter(account, searcher), *_trackers(options, driver)])
+    with environment(_TUNE), contextlib.redirect_stdout(sys.stderr):
+        try:
+            while not driver.stop.is_set() and (precision := account.queue.precision):
+                searcher = ShardSearcher(account.queue, precision, common, driver, room)
+                _fit(trainable, searcher, [Reporter(account, searcher), *_trackers(options, driver)])
+        finally:
+            room.sharing.leave()
+
+
+def _most(options: Options) -> float:
+    """So many shards at once at most, by the spec and by who runs it."""
+    given = [n for n in (options.workers, options.max_workers) if isinstance(n, int)]
+    return min(given, default=math.inf)
 
 
 def _trackers(options: Options, driver: Driver) -> list[tune.Callback]:
@@ -230,16 +293,16 @@ def _kill(pid: int, started: float) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _fit(trainable: Any, searcher: ShardSearcher, workers: int | None, callbacks: list[tune.Callback]) -> None:
+def _fit(trainable: Any, searcher: ShardSearcher, callbacks: list[tune.Callback]) -> None:
     """One Tune run. Its own files go to a folder that goes with it; it never raises on failed trials."""
     with tempfile.TemporaryDirectory(prefix="prunesweep-tune-", ignore_cleanup_errors=True) as storage:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
+                scheduler=Turns(searcher),
                 num_samples=-1,
                 reuse_actors=True,
-                max_concurrent_trials=workers,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
@@ -251,32 +314,3 @@ def _fit(trainable: Any, searcher: ShardSearcher, workers: int | None, callbacks
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),
         ).fit()
-
-
-def _gpus(options: Options) -> float:
-    if options.gpus != "auto":
-        return float(options.gpus)
-    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-
-
-def _slots(cpus: float, gpus: float, processes: int) -> int:
-    """How many shards of so many processes fit on the cluster at once."""
-    there = ray.cluster_resources()
-    wanted = bundle(cpus, gpus)
-    return max(1, min(int(there.get(name, 0) // (amount * processes)) for name, amount in wanted.items()))
-
-
-def _check_fits(cpus: float, gpus: float, processes: int) -> None:
-    """Raise UserError where no node could ever run one process, or all together not those of one shard."""
-    wanted = bundle(cpus, gpus)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
-    if fits >= processes:
-        return
-    has = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in ("CPU", "GPU")) for node in nodes)
-    asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
-    if not fits:
-        raise UserError(f"a shard asks for {asked}, and no node of the cluster has that (it has {has})")
-    raise UserError(
-        f"a task asks for {processes} processes of {asked}, and the cluster has room for {fits} (it has {has})"
-    )

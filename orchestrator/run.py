@@ -52,6 +52,8 @@ class Options:
     processes: int = 1
     limits: Limits = field(default_factory=Limits)
     track: str | None = None
+    max_workers: int | None = None
+    priority: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,17 @@ def outcome(store: Store, manifest: Manifest, problems: list[str], only: frozens
     return Outcome(manifest.sweep, **counts, problems=tuple(problems))
 
 
+def asked_of(options: Options) -> dict[str, float | None]:
+    """What was asked of a driver, as its note shows it."""
+    return {"priority": options.priority, "max_workers": options.max_workers}
+
+
 def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
     """Run a plan's shards on Ray, or in this process; return what went wrong besides failed tasks."""
     queue = Queue.of(plan.shards, plan.denses, random.SystemRandom())
     with (
         progress(plan.unfinished) as shown,
-        Driver(store, sweep, options.address, shown.counts) as driver,
+        Driver(store, sweep, options.address, shown.counts, asked_of(options)) as driver,
         heeding_signals(driver.stop),
     ):
         account = Account(store, queue, shown)
@@ -186,10 +193,12 @@ def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
 
             run_inline(account, store, options, driver)
         else:
+            from orchestrator.nodes import check_nodes
             from orchestrator.ray_runner import run_on_ray
 
             # Again, inside: ray.init takes SIGTERM for itself.
             with connected(options), heeding_signals(driver.stop):
+                check_nodes(store, options.data_root, {shard.needs.dataset for shard in plan.shards})
                 run_on_ray(account, store, options, driver)
         if driver.stop.is_set():
             raise KeyboardInterrupt

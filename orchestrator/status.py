@@ -84,6 +84,8 @@ DRIVER_SCHEMA = pa.schema(
         ("host", pa.string()),
         ("pid", pa.int64()),
         ("address", pa.string()),
+        ("priority", pa.float64()),
+        ("max_workers", pa.int64()),
         ("started_at", pa.string()),
         ("seconds_since_sign", pa.float64()),
         ("to_run", pa.int64()),

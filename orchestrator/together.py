@@ -19,6 +19,7 @@ from ray.util.queue import Empty, Queue
 
 from orchestrator.account import Failure, failure
 from orchestrator.endings import End, Ending, told
+from orchestrator.placement import Placement
 from orchestrator.tracking import measured
 from storage.records import Shard
 from storage.store import Store
@@ -45,7 +46,7 @@ class TogetherTrainable(tune.Trainable):
         self.left = replace(self.left, tasks=tuple(t for t in self.left.tasks if t.task_id not in failed))
         if found["ending"] is None and not self.left.tasks:
             found["ending"] = astuple(Ending(End.FINISHED))
-        return {**found, "done": found["ending"] is not None}
+        return found
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: what is done is in the store."""
@@ -62,7 +63,7 @@ def run_processes(config: dict[str, Any]) -> dict[str, Any]:
                 scaling_config=train.ScalingConfig(
                     num_workers=config["processes"],
                     use_gpu=config["gpus"] > 0,
-                    resources_per_worker=bundle(config["cpus"], config["gpus"]),
+                    resources_per_worker=Placement(config["cpus"], config["gpus"]).bundle(config["gpus"]),
                 ),
                 run_config=train.RunConfig(storage_path=storage),
             ).fit()
@@ -74,11 +75,6 @@ def run_processes(config: dict[str, Any]) -> dict[str, Any]:
         raise lost or RuntimeError("the processes ended without a word") from None
     finally:
         words.shutdown(grace_period_s=0)
-
-
-def bundle(cpus: float, gpus: float) -> dict[str, float]:
-    """What one process gets, in Ray's words."""
-    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
 
 
 class Ended(Exception):

@@ -112,20 +112,18 @@ def test_batch_norm_on_processors_is_refused() -> None:
         synchronised(torch.nn.Sequential(torch.nn.BatchNorm2d(2)))
 
 
-def test_more_processes_than_the_cluster_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would wait for ever: refused with what is asked for and what there is; as many as there are may run."""
-    from orchestrator import ray_runner
+def test_more_processes_than_the_cluster_has_room_for() -> None:
+    """They would wait for ever: refused with what is asked for and what there is; as many as there are may run, and
+    what an autoscaler may add counts."""
+    from orchestrator.placement import Placement, check_fits
 
-    nodes = [
-        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}},
-        {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 2.0}},
-    ]
-    monkeypatch.setattr(ray_runner.ray, "nodes", lambda: nodes)
-    ray_runner._check_fits(2, 1, 2)
+    nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 2.0}]
+    check_fits(Placement(2, 1, 2), nodes, {})
     with pytest.raises(UserError, match="asks for 3 processes of 2 CPU, 1 GPU, and the cluster has room for 2"):
-        ray_runner._check_fits(2, 1, 3)
+        check_fits(Placement(2, 1, 3), nodes, {})
     with pytest.raises(UserError, match="a shard asks for 9 CPU, and no node"):
-        ray_runner._check_fits(9, 0, 1)
+        check_fits(Placement(9, 0), nodes, {})
+    check_fits(Placement(2, 1, 3), nodes, {"CPU": 16, "GPU": 8})
 
 
 SPEC = """

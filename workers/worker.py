@@ -92,7 +92,8 @@ class Worker:
 
     With a `pulse` it shows what it is at, heeds limits and the wish to stop, and checkpoints. `fixed` is
     an execution to repeat, in place of the one the store has for a shape. Several `joined` workers train each task
-    together: the first decides and writes, and is the only one with a pulse.
+    together: the first decides and writes, and is the only one with a pulse. Of a GPU it uses `part` of the memory,
+    where that is less than all.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class Worker:
         pulse: Pulse | None = None,
         fixed: Execution | None = None,
         joined: bool = False,
+        part: float = 1.0,
     ) -> None:
         self.store, self.data_root, self.precision, self.cpu = store, data_root, precision, cpu
-        self.pulse, self.fixed, self.joined = pulse, fixed, joined
+        self.pulse, self.fixed, self.joined, self.part = pulse, fixed, joined, part
         self.messages: list[str] = []
         self._cache: dict[tuple[Any, ...], Any] = {}
         self._checkpoints: list[Checkpoint] = []
@@ -124,6 +126,10 @@ class Worker:
         if self.precision == "fp16" and accelerator.device.type == "cpu":
             # Accelerate would go on in fp32 without a word.
             raise PrecisionMissing("fp16 needs a GPU; on a CPU there are fp32 and bf16")
+        if accelerator.device.type == "cuda" and 0 < self.part < 1:
+            from workers.memory import keep_to_part
+
+            keep_to_part(self.part)
         return accelerator
 
     def run_shard(self, shard: Shard) -> Iterator[Row]:

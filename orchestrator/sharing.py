@@ -1,0 +1,140 @@
+"""How drivers that are at work on one cluster share it.
+
+Each tells the others, through Ray's own key-value store, what a shard of it asks for, how many it could run, and its
+priority. Who may run how many follows from that alone, so that all come to the same without asking anyone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+LOOK_SECONDS = 1.0
+"""How old a driver's knowledge of the others may be."""
+
+TURN_SECONDS = 20.0
+"""So long a driver holds on where there are fewer slots than drivers, once it has one."""
+
+_NAMESPACE = "prunesweep"
+_PREFIX = "claims/"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a driver asks of the cluster: `wants` shards at once, each with the resources `shard`; `priority` is its
+    weight."""
+
+    shard: Mapping[str, float]
+    wants: int
+    priority: float = 1.0
+
+
+def dealt(capacity: Mapping[str, float], claims: Mapping[str, Claim]) -> dict[str, int]:
+    """How many shards each driver may have running on a cluster of this capacity.
+
+    One after the other is dealt to the driver whose largest part of any resource, divided by its priority, is the
+    smallest, as long as it fits: dominant resource fairness, Ghodsi et al., NSDI 2011, algorithm 1, with weights.
+    Nothing stays free that somebody could use.
+    """
+    held, left = dict.fromkeys(claims, 0), dict(capacity)
+
+    def part(name: str) -> float:
+        claim = claims[name]
+        of = max((amount / capacity.get(r, 0) if capacity.get(r) else math.inf) for r, amount in claim.shard.items())
+        return held[name] * of / claim.priority if held[name] else 0.0
+
+    hungry = {name for name, claim in claims.items() if claim.wants > 0}
+    while hungry:
+        name = min(hungry, key=lambda name: (part(name), -claims[name].priority, name))
+        asked = claims[name].shard
+        if held[name] >= claims[name].wants or any(left.get(r, 0) < a - 1e-6 for r, a in asked.items()):
+            hungry.remove(name)
+            continue
+        held[name] += 1
+        left |= {resource: left[resource] - amount for resource, amount in asked.items()}
+    return held
+
+
+class Sharing:
+    """This driver's claim beside those of others, looked at again every LOOK_SECONDS. Until the first look, and where
+    the cluster does not answer, it is as it was."""
+
+    def __init__(
+        self,
+        name: str,
+        board: Board,
+        capacity: Callable[[], Mapping[str, float]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._board, self._capacity, self._clock = name, board, capacity, clock
+        self._looked = -math.inf
+        self._share, self._others, self._crowd = 1, False, False
+
+    def share(self, claim: Claim) -> int:
+        """How many shards may run, by a claim that is shown to the others."""
+        from ray.exceptions import RayError
+
+        if self._clock() - self._looked >= LOOK_SECONDS:
+            self._looked = self._clock()
+            with suppress(RayError):
+                self._look(claim)
+        return self._share
+
+    def _look(self, claim: Claim) -> None:
+        claims = {**self._board.exchange(self._name, claim), self._name: claim}
+        held = dealt(self._capacity(), claims)
+        self._others = len(claims) > 1
+        self._crowd = any(not held[name] and one.wants for name, one in claims.items())
+        # Where not everybody can have one, everybody tries: Ray gives a free place to who asked first.
+        self._share = max(1, held[self._name])
+
+    def gives_way(self, running: int, since: float) -> bool:
+        """Whether one of so many workers, at work `since` then, is to leave its place: others wait for their share."""
+        over = self._others and running > self._share
+        return over or (self._crowd and self._clock() - since > TURN_SECONDS)
+
+    def leave(self) -> None:
+        """Claim nothing any more."""
+        self._board.forget(self._name)
+
+
+class Board:
+    """Where drivers of a cluster show their claims: Ray's key-value store, which every driver is connected to.
+
+    A claim counts as long as Ray says that its driver lives. Who finds a dead one's removes it.
+    """
+
+    def exchange(self, name: str, claim: Claim) -> dict[str, Claim]:
+        """Show a claim, and return the others'."""
+        from ray.experimental import internal_kv as kv
+
+        kv._internal_kv_put(f"{_PREFIX}{name}", json.dumps(asdict(claim)), namespace=_NAMESPACE)
+        keys = [key.decode() for key in kv._internal_kv_list(_PREFIX, namespace=_NAMESPACE)]
+        others = [key.removeprefix(_PREFIX) for key in keys if key != f"{_PREFIX}{name}"]
+        dead = self._dead() if others else frozenset[str]()
+        for gone in dead.intersection(others):
+            self.forget(gone)
+        found = {other: self._claim(other) for other in others if other not in dead}
+        return {other: one for other, one in found.items() if one is not None}
+
+    def forget(self, name: str) -> None:
+        """Remove a claim; it may be gone already."""
+        from ray.experimental import internal_kv as kv
+
+        kv._internal_kv_del(f"{_PREFIX}{name}", namespace=_NAMESPACE)
+
+    def _claim(self, name: str) -> Claim | None:
+        from ray.experimental import internal_kv as kv
+
+        shown = kv._internal_kv_get(f"{_PREFIX}{name}", namespace=_NAMESPACE)
+        return None if shown is None else Claim(**json.loads(shown))
+
+    def _dead(self) -> frozenset[str]:
+        """Drivers, by the ids of their Ray jobs, that the cluster has seen end."""
+        from ray._private.state import jobs
+
+        return frozenset(str(job["JobID"]) for job in jobs() if job["IsDead"])

@@ -1,0 +1,142 @@
+"""Several sweeps on one cluster: who may run how much, and that all get on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.sharing import LOOK_SECONDS, TURN_SECONDS, Claim, Sharing, dealt
+from storage.store import Store
+from tests.faults.quick import spec
+from tests.faults.runs import Sweep, quick
+from tests.sweeps import assert_invariants, committed
+
+amounts = st.fixed_dictionaries({"CPU": st.integers(1, 4)}, optional={"GPU": st.sampled_from([0.25, 0.5, 1.0])})
+claims = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=2),
+    st.builds(Claim, amounts, st.integers(0, 20), st.sampled_from([0.5, 1.0, 2.0, 3.0])),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(claims, st.fixed_dictionaries({"CPU": st.integers(0, 24), "GPU": st.integers(0, 4)}))
+def test_shares(claims: dict[str, Claim], capacity: dict[str, float]) -> None:
+    """Nobody gets more than it wants, all together no more than there is, and nothing stays free that somebody
+    could use; every driver that counts alike comes to the same."""
+    held = dealt(capacity, claims)
+    used = {r: sum(n * claims[name].shard.get(r, 0) for name, n in held.items()) for r in capacity}
+    assert all(held[name] <= claims[name].wants for name in claims)
+    assert all(used[r] <= capacity[r] + 1e-6 for r in capacity)
+    for name, claim in claims.items():
+        fits = all(capacity.get(r, 0) - used.get(r, 0) >= amount for r, amount in claim.shard.items())
+        assert held[name] == claim.wants or not fits
+    assert dealt(capacity, dict(reversed(claims.items()))) == held
+
+
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 5))
+def test_shares_go_by_priority(slots: int, a: int, b: int) -> None:
+    """Where both want everything, slots go as the priorities are to each other, to within one."""
+    held = dealt({"CPU": slots}, {"a": Claim({"CPU": 1}, 99, a), "b": Claim({"CPU": 1}, 99, b)})
+    assert sum(held.values()) == slots
+    assert abs(held["a"] - slots * a / (a + b)) <= 1
+
+
+def test_shares_by_hand() -> None:
+    """What is not wanted goes to the others; who cannot use GPUs is not in the way of who can."""
+    cpu = {"CPU": 1.0}
+    assert dealt({"CPU": 8}, {"a": Claim(cpu, 99), "b": Claim(cpu, 1)}) == {"a": 7, "b": 1}
+    assert dealt({"CPU": 4}, {"a": Claim(cpu, 9), "b": Claim(cpu, 9), "c": Claim(cpu, 9)}) == {"a": 2, "b": 1, "c": 1}
+    assert dealt({"CPU": 9, "GPU": 1}, {"a": Claim({"CPU": 1, "GPU": 0.5}, 9), "b": Claim(cpu, 99)}) == {"a": 2, "b": 7}
+    assert dealt({"CPU": 1}, {"a": Claim(cpu, 9), "b": Claim(cpu, 9)}) == {"a": 1, "b": 0}
+
+
+class Shown:
+    """A board that is only a mapping, and may fail."""
+
+    def __init__(self) -> None:
+        self.claims: dict[str, Claim] = {}
+
+    def exchange(self, name: str, claim: Claim) -> dict[str, Claim]:
+        self.claims[name] = claim
+        return {other: one for other, one in self.claims.items() if other != name}
+
+    def forget(self, name: str) -> None:
+        self.claims.pop(name, None)
+
+
+def test_a_driver_gives_way() -> None:
+    """Alone all is its own; beside another what is over its share is given up, and taken again afterwards. Where there
+    are more drivers than places, a place is held for a while only."""
+    board: Any = Shown()
+    now = [0.0]
+    driver = Sharing("a", board, lambda: {"CPU": 4}, lambda: now[0])
+    mine = Claim({"CPU": 1}, 9)
+    assert driver.share(mine) == 4 and not driver.gives_way(4, 0)
+    board.claims["b"] = Claim({"CPU": 1}, 9)
+    now[0] += LOOK_SECONDS
+    assert driver.share(mine) == 2 and driver.gives_way(3, 0) and not driver.gives_way(2, 0)
+    board.claims |= {name: Claim({"CPU": 1}, 9, 9) for name in "cdef"}
+    now[0] += LOOK_SECONDS
+    assert driver.share(mine) == 1 and not driver.gives_way(1, now[0])
+    now[0] += TURN_SECONDS + 1
+    assert driver.gives_way(1, 0)
+    for name in "bcdef":
+        board.forget(name)
+    assert driver.share(mine) == 4 and not driver.gives_way(4, 0)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A cluster of one node with two CPUs, whose tasks take 0.3 s."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICK_SECONDS", "0.3")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def at_work(sweep: Sweep) -> int:
+    return sum(bool(note["shard"]) for note in sweep.notes().values())
+
+
+def rows_in(store: Store) -> int:
+    return len(committed(store)) if store.exists() else 0
+
+
+def test_two_sweeps_share_a_cluster(two: Any, tmp_path: Path) -> None:
+    """A second sweep gets its place while the first has both, for long; what is given up is run again, and nothing
+    twice. --max-workers 1 never has two running. Once the second has ended the first has both places again."""
+    first = quick(tmp_path / "a", spec(count=45, seeds=8, resources="candidates_per_shard: 12"))
+    second = quick(tmp_path / "b", spec(count=10))
+    for sweep in (first, second):
+        sweep.folder.mkdir()
+    one = first.start("run", "quick.yaml", "--address", two.address)
+    other = second.start("run", "quick.yaml", "--address", two.address, "--max-workers", "1", "--priority", "2")
+    assert first.wait_for(lambda: rows_in(first.store) > 0, one)
+    most, seen = 0, False
+    while other.poll() is None:
+        time.sleep(0.05)
+        most = max(most, at_work(second))
+        if not seen and rows_in(second.store):
+            seen = True
+            note = next(iter(second.notes("drivers").values()))
+            assert (note["priority"], note["max_workers"]) == (2, 1)
+            assert at_work(first) <= 1
+    assert other.wait() == 0 and seen and most == 1, second.said()
+    assert_invariants(second.store, "quick", committed(second.store), second.reference())
+    assert first.wait_for(lambda: at_work(first) == 2, one, 40), "the other one waited for its end"
+    one.terminate()
+    assert one.wait(60) == 130, first.said()
+    ids = [task_id for task_id, _ in committed(first.store)]
+    assert 0 < len(ids) == len(set(ids)) < 360
