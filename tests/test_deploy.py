@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from hypothesis import given
@@ -420,6 +421,77 @@ def test_what_cannot_be_rendered(arguments: list[str], message: str, prunesweep:
     found = prunesweep("submit", "tiny.yaml", *arguments)
     assert (found.returncode, found.stdout) == (2, ""), found.stderr
     assert message in found.stderr and "Traceback" not in found.stderr
+
+
+# docs/cluster.md
+
+
+PAGE = (ROOT / "docs/cluster.md").read_text()
+OTHERS = {"aws", "docker", "export", "helm", "kubectl", "pip", "sbatch", "ssh"}
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced code blocks of the page: `bash` can be run here, `sh` needs a cluster."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def test_the_page_is_executed(tmp_path: Path) -> None:
+    """What needs no cluster: the token, the data, the manifests."""
+    (tmp_path / "mine.yaml").write_text(TINY.replace("name: tiny", "name: mine"))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HOME": str(tmp_path)}
+    script = "set -euo pipefail\n" + "\n".join(blocks("bash"))
+    found = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o077 == 0
+    assert objects((tmp_path / "mine-job.yaml").read_text(), "RayJob")["metadata"]["name"] == "mine"
+    assert objects((tmp_path / "mine-cluster.yaml").read_text(), "RayCluster")["metadata"]["name"] == "mine"
+    linted(tmp_path / "mine.sh")
+
+
+@pytest.mark.parametrize("block", blocks("sh"))
+def test_what_the_page_types_parses(block: str) -> None:
+    """The commands and options of prunesweep and ray exist; bash reads the rest; files that it names are there."""
+    subprocess.run(["bash", "-n", "-c", block], check=True)
+    for line in block.splitlines():
+        for words in commands(line):
+            assert words[0] in {"prunesweep", "ray"} | OTHERS, words
+            if words[0] not in OTHERS:
+                assert_parses(words)
+            assert all((ROOT / word).exists() for word in words if word.startswith("deploy/"))
+
+
+def commands(line: str) -> list[list[str]]:
+    """The commands of a line, as words."""
+    split = re.sub(r"\s&&\s|\s&$", "\0", line).split("\0")
+    return [words for words in (shlex.split(one, comments=True) for one in split) if words]
+
+
+def assert_parses(words: list[str]) -> None:
+    """The command exists, and takes these options and arguments."""
+    from ray.scripts.scripts import cli
+
+    from orchestrator.cli import command_line
+
+    group = command_line if words[0] == "prunesweep" else cli
+    command = group.get_command(click.Context(group), words[1])
+    assert command is not None, words
+    command.make_context(words[1], words[2:], parent=click.Context(group, obj={"debug": False}))
+
+
+def test_the_page_leads_somewhere() -> None:
+    """Every link of the page, and of deploy/README.md; every file of deploy/ is in that one's table."""
+    readme = (DEPLOY / "README.md").read_text()
+    for text, folder in ((PAGE, ROOT / "docs"), (readme, DEPLOY)):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text):
+            assert (folder / target).exists(), target
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", one.lower()).replace(" ", "-")
+        for one in re.findall(r"^#+ (.+)$", PAGE, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", PAGE)) <= headings
+    files = {str(path.relative_to(DEPLOY)) for path in DEPLOY.rglob("*") if path.is_file()} - {"README.md"}
+    assert files == set(re.findall(r"`([\w./-]+)`", re.sub(r"^(?!\|).*$", "", readme, flags=re.MULTILINE))) - {"file"}
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ retrain: {epochs: 30, batch_size: 256, optimizer: sgd, momentum: 0.9, lr: {0:
 END_OF_SPEC
 
 # This script runs on the first node, and so do Ray's head and the driver.
-head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head="${hosts[0]}"
 export head spec ended store data_root
 # shellcheck disable=SC2016,SC2329 # the inner shell expands it; srun calls it
 on_each_node() {
