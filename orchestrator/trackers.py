@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,7 @@ def shard_run(sweep: str, trial: Any) -> ShardRun:
 
 def _wandb(sweep: str) -> LoggerCallback:
     """Runs grouped by sweep. Ray's logger works in a folder that goes with the run: offline runs are kept in ours."""
+    import_module("wandb")  # Ray would not say what of it is missing
     from ray.air.integrations.wandb import WandbLoggerCallback
 
     kept = os.path.abspath(os.environ.get("WANDB_DIR", Path.cwd()))
@@ -134,10 +136,10 @@ def _wandb(sweep: str) -> LoggerCallback:
 
 
 def _mlflow(sweep: str) -> LoggerCallback:
-    """An experiment named after the sweep, at MLFLOW_TRACKING_URI; without it, where mlflow keeps its files."""
+    """An experiment named after the sweep, at MLFLOW_TRACKING_URI; without it in the file mlflow.db here."""
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
     return MLflowLoggerCallback(uri, experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", sweep))
 
 

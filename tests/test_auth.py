@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def test_without_the_right_token(
     assert line.startswith("prunesweep: the Ray ") and address in line and line.endswith(HOW)
     told = f"does not take the token of RAY_AUTH_TOKEN_PATH={tmp_path / 'wrong'}" if wrong else "none was shown"
     assert told in line
-    assert sorted(os.listdir(tmp_path)) == ["tiny.yaml", "wrong"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml", "wrong"]
 
 
 def test_where_the_token_is_from(tmp_path: Path) -> None:
