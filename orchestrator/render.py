@@ -157,6 +157,8 @@ def _pods(sweep: Sweep) -> Mapping[str, Any]:
     """The values of rayjob.yaml.j2 and raycluster.yaml.j2."""
     from importlib.metadata import version
 
+    from orchestrator.jobs import STORE, SWEEP
+
     needed, prefetched = _data(sweep.datasets)
     places = "--store", sweep.store, "--data-root", sweep.data_root
     return {
@@ -164,6 +166,7 @@ def _pods(sweep: Sweep) -> Mapping[str, Any]:
         "name": kubernetes_name(sweep.name),
         "text": sweep.text.rstrip("\n"),
         "entrypoint": shlex.join(["prunesweep", "run", "/etc/prunesweep/spec.yaml", *places, *sweep.arguments]),
+        "metadata": {SWEEP: sweep.name, STORE: sweep.store},
         "store": sweep.store,
         "data_root": sweep.data_root,
         "on_s3": sweep.store.startswith("s3://"),
