@@ -38,7 +38,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
 
 def test_with_the_token(guarded: Guarded, tmp_path: Path, prunesweep: Prunesweep) -> None:
     """`run`, `submit` and `logs` work with it; a submitted job and its workers have it from their node."""
-    sweep = quick(tmp_path, spec(count=4), seconds=0.0, **guarded.key)
+    sweep = quick(tmp_path, spec(count=4), None, 0.0, **guarded.key)
     code, said = sweep.run("run", "quick.yaml", "--address", guarded.cluster.address)
     assert code == 0, said
     assert len(committed(sweep.store)) == 4

@@ -1,0 +1,5 @@
+"""mlflow's errors."""
+
+
+class MlflowException(Exception):
+    """Something is not there."""

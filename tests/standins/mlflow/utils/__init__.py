@@ -1,0 +1,1 @@
+"""mlflow keeps names here."""
