@@ -62,8 +62,8 @@ on_each_node() {
   fi
 }
 export -f on_each_node
-# The others do not end with the head: this script does, and what is left of the job with it. A node that is lost
-# on the way costs what it was at, not the job.
+# The others notice late that the head has gone: this script ends with the driver, and what is left of the job with it.
+# A node that is lost on the way costs what it was at, not the job.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   --wait=0 --kill-on-bad-exit=0 bash -c on_each_node &
 nodes=$!
