@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.cluster import check_job_server
 from orchestrator.errors import ClusterError, UserError
 from orchestrator.options import (
     absolute,
@@ -201,6 +202,7 @@ def _say_next(name: str, server: str, job: Job) -> None:
 def _needed(address: str | None) -> str:
     if not address:
         raise UserError("which cluster? Give --address http://HOST:8265 (or set RAY_API_SERVER_ADDRESS)")
+    check_job_server(address)
     return address
 
 

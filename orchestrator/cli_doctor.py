@@ -77,7 +77,7 @@ def _code(bad: Iterable[str]) -> int:
 def _cluster(address: str, store: str, data_root: str) -> list[Check]:
     """What there is to say of a cluster, by a job of its own or from here."""
     from orchestrator.checks import BAD
-    from orchestrator.jobs import is_job_server
+    from orchestrator.cluster import is_job_server
 
     try:
         if is_job_server(address):

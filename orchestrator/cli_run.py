@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli_cluster import job_options
+from orchestrator.cluster import is_job_server
 from orchestrator.errors import UserError
 from orchestrator.options import (
     absolute,
@@ -156,7 +157,7 @@ def resume(
     """
     from orchestrator.run import run_sweep
 
-    if address and address.startswith(("http://", "https://")) and not inline:
+    if address and is_job_server(address) and not inline:
         words = (
             *_narrowed(failed, where, shard),
             *share_words(max_workers, priority),

@@ -65,10 +65,21 @@ def connected(options: Options, *, claiming: bool = True) -> Iterator[None]:
         ray.shutdown()
 
 
+def is_job_server(address: str) -> bool:
+    """Whether an address is a job server's, by its form; the others are where a driver connects."""
+    return address.startswith(("http://", "https://"))
+
+
+def check_job_server(address: str) -> None:
+    """Raise UserError where an address is of another form."""
+    if not is_job_server(address):
+        raise UserError(f"{address} is no job server: give --address http://HOST:8265")
+
+
 def check_reachable(address: str | None) -> None:
     """Raise ClusterError where nobody listens at HOST:PORT, or our token is not taken there; Ray itself would try
     for long, and not say why."""
-    if address and address.startswith(("http://", "https://")):
+    if address and is_job_server(address):
         raise UserError(
             f"{address} is a job server: `prunesweep submit` and `resume` send a sweep there; `run` takes "
             "HOST:PORT of a running cluster, or auto"

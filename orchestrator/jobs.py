@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.auth import refusal
-from orchestrator.cluster import SHIPPED, environment, first_line
+from orchestrator.cluster import SHIPPED, check_job_server, environment, first_line
 from orchestrator.errors import ClusterError, UserError
 from storage.records import utc_now
 
@@ -67,8 +67,7 @@ class Job:
 @contextlib.contextmanager
 def job_server(address: str) -> Iterator[JobSubmissionClient]:
     """Ray's job server at `address` (http://HOST:8265). Raises ClusterError."""
-    if not is_job_server(address):
-        raise UserError(f"{address} is no job server: give --address http://HOST:8265")
+    check_job_server(address)
     from ray.exceptions import AuthenticationError
 
     for name in _TALKATIVE:
@@ -86,11 +85,6 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
         raise ClusterError(refusal(f"the Ray job server at {address}")) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"the Ray job server at {address} does not answer as asked: {first_line(error)}") from error
-
-
-def is_job_server(address: str) -> bool:
-    """Whether an address is a job server's, by its form; the others are where a driver connects."""
-    return address.startswith(("http://", "https://"))
 
 
 def submission_id(sweep: str) -> str:
