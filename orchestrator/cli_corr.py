@@ -23,19 +23,19 @@ TABLES = (*OF_CLAIMS, "criteria", "pairs", "early")
 NOTES = {
     "cells": (
         "tau has its 95 % BCa interval over candidates; p_holm is adjusted over the cells shown; ceiling is the |tau| "
-        "that a perfect predictor would reach; settled: the interval lies on one side of the paper's 0.2"
+        "that a perfect predictor would reach; settled: all of the interval is on the verdict's side of the paper's 0.2"
     ),
     "noise": (
         "reliability is ICC(C,k) of the mean over seeds; ceiling the |tau| that a perfect predictor would reach; "
         "corrected is tau freed from the noise of y"
     ),
     "picks": (
-        "regret is the best y less that of the candidate of lowest x, held out with the best chosen on other seeds; "
-        "counterexamples are pairs ordered wrongly by more than noise: noise alone makes at most 2.5 %"
+        "regret is by how much the best candidate is better than the picked one, which x calls the best; held out: the "
+        "best chosen on other seeds; counterexamples are pairs ordered wrongly by more than noise: noise alone makes 2.5 %"
     ),
     "power": (
         "detectable is the smallest |tau| found with a power of 80 %; so many more candidates, or seeds, would settle "
-        "the sign were this tau true: 0 where it is settled, - where none would or none can be had"
+        "the sign were this tau true: 0 where p is at most 0.05, - where none would, none can be had, or the noise is unknown"
     ),
     "criteria": "strength is tau turned so that more is better; beats: by more than chance, by Holm over the pairs",
 }
@@ -55,7 +55,7 @@ y_option = click.option("--y", default=DEFAULT_Y, show_default=True, help="What 
     type=click.Choice(TABLES),
     default="cells",
     show_default=True,
-    help="Which table: of the cells, of the tests in full, of retraining noise, of what picking the lowest x costs, of "
+    help="Which table: of the cells, of the tests in full, of retraining noise, of what picking by x costs, of "
     "power; of criteria, of the pairs of them; of early epochs.",
 )
 @click.option(
@@ -104,6 +104,8 @@ def corr(
         table = bench_table(opened, sweep, y, where, show, times)
     elif show == "early":
         table = early_table(opened, sweep, x, y, where, times)
+        if not len(table):
+            click.echo("no curves: no finished candidate has its accuracy after each epoch", err=True)
     else:
         table, claims = correlations(opened, sweep, x, y, where, show=show, resamples=times, every=intervals == "all")
         say_left_out(claims)

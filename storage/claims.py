@@ -19,11 +19,12 @@ import numpy as np
 
 from storage.statistics import association, p_values
 from storage.statistics.association import Correlation
-from storage.statistics.noise import noise_of
+from storage.statistics.noise import beyond_noise, noise_of
 from storage.statistics.picks import picks_of
 from storage.statistics.power import power_of
 from storage.statistics.records import NO_INTERVAL, Claim, Interval, Noise, Picks, Power
 from storage.statistics.resampling import (
+    FEWEST,
     MOST,
     RESAMPLES,
     Statistic,
@@ -32,6 +33,7 @@ from storage.statistics.resampling import (
     pearson_of,
     resampled,
     resampled_parts,
+    seed_of,
     spearman_of,
     tau_of,
 )
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 VALID_TAU, VALID_P = 0.2, 0.05
 """What arXiv 2412.00143 calls valid: this |tau| at least, of the expected sign, and this p at most."""
 
-_VERSION = 1
+_VERSION = 2
 """Raised when the same data give other numbers: what was kept counts no more."""
 
 
@@ -94,15 +96,18 @@ def _claim(cell: CellData, asked: Question, found: Correlation) -> Claim:
     keep, a, b = _values(cell, x, y)
     by_seed = cell.by_seed.get(y)
     replicates = by_seed[keep] if by_seed is not None else None
-    seed = seed_of(cell)
+    seed = seed_of(b)
     p, method = p_values.kendall_p(a, b, found.kendall_p)
     tau_interval, others = _intervals(a, b, resamples, seed, asked.every_interval)
     noise = noise_of(a, replicates, resamples, seed)
     sign = 1 if association.higher_is_better(y) else -1
-    parts = resampled_parts(len(a), resamples, seed) if len(a) else ()
+    parts = resampled_parts(len(a), resamples, seed) if len(a) >= FEWEST else ()
     turned_seeds = None if replicates is None else sign * replicates
     candidate = np.asarray(cell.candidate)[keep]
-    picks = picks_of(a if lower_is_better(x) else -a, sign * b, turned_seeds, candidate, noise.noise_std, parts)
+    picks = picks_of(
+        a if lower_is_better(x) else -a, sign * b, turned_seeds, candidate, beyond_noise(noise, len(a)), parts
+    )
+    said = verdict(found.kendall, p, expected_sign(x, y))
     return Claim(
         cell_id=cell.cell_id,
         title=cell.title,
@@ -124,8 +129,8 @@ def _claim(cell: CellData, asked: Question, found: Correlation) -> Claim:
         pearson=found.pearson,
         pearson_interval=others[1],
         pearson_p=p_values.product_p(a, b, found.pearson_p),
-        verdict=verdict(found.kendall, p, expected_sign(x, y)),
-        settled=settled(tau_interval, expected_sign(x, y)),
+        verdict=said,
+        settled=settled(tau_interval, said, expected_sign(x, y)),
         picks=picks,
         noise=noise,
         power=power_of(found.n, found.kendall, p, noise, grows=cell.grows),
@@ -137,11 +142,6 @@ def _values(cell: CellData, x: str, y: str) -> tuple[np.ndarray, np.ndarray, np.
     a, b = (np.asarray(cell.columns[name], dtype=np.float64) for name in (x, y))
     keep = np.isfinite(a) & np.isfinite(b)
     return keep, a[keep], b[keep]
-
-
-def seed_of(cell: CellData) -> int:
-    """The seed of a cell's resamples: cells are resampled independently, and each always alike."""
-    return int(hashlib.sha256(cell.cell_id.encode()).hexdigest()[:8], 16)
 
 
 def _ranked(values: np.ndarray) -> np.ndarray:
@@ -172,10 +172,12 @@ def verdict(tau: float, p: float, sign: int) -> str:
     return "valid" if sign * tau >= VALID_TAU and p <= VALID_P else "not valid"
 
 
-def settled(interval: Interval, sign: int) -> bool:
-    """Whether the interval lies wholly on one side of the paper's 0.2."""
+def settled(interval: Interval, verdict: str, sign: int) -> bool | None:
+    """Whether the whole interval lies on the verdict's side of the paper's 0.2; None without one of the two."""
+    if not verdict or not isfinite(interval.low):
+        return None
     low, high = sorted((sign * interval.low, sign * interval.high))
-    return low >= VALID_TAU or high < VALID_TAU
+    return low >= VALID_TAU if verdict == "valid" else high < VALID_TAU
 
 
 # -- kept by content ------------------------------------------------------------------------------------

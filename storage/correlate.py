@@ -57,7 +57,7 @@ def cell_data(
     pruned from two different dense networks.
     """
     grid = _grid(store, store.newest(sweep))
-    query = f"select * from candidates where ({where or 'true'})"
+    query = f"select * from candidates where ({where or 'true'}\n)"  # where may end in a comment
     wanted = ["cell_id", "candidate", "n_dense", "dense_sha256", *columns]
     names = ", ".join(_quoted_name(name) for name in dict.fromkeys(wanted))
     with views(store, report) as found:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage.claims import expected_sign, seed_of
+from storage.claims import expected_sign
 from storage.statistics import kendall
 from storage.statistics.noise import noise_of
 from storage.statistics.p_values import holm, kendall_p
 from storage.statistics.records import NO_INTERVAL, Difference, Interval, Predictor
-from storage.statistics.resampling import FEWEST, MOST, RESAMPLES, bca, left_out, percentile, resampled, tau_of
+from storage.statistics.resampling import FEWEST, MOST, RESAMPLES, bca, left_out, percentile, resampled, seed_of, tau_of
 
 if TYPE_CHECKING:
     from storage.correlate import CellData
@@ -46,13 +46,14 @@ def bench(
     and every pair's difference. `names` are the predictors, all columns but y where left out.
 
     Over the candidates of a cell that have every predictor it has at all, resampled together: differences are paired.
-    The resamples of `all cells` are independent between cells, which are taken as given.
+    The resamples of `all cells` are independent between cells, which are taken as given. Cells with too few candidates
+    to be resampled are left out of it, and its name then says of how many cells it is.
     """
     wanted = [name for name in (names or (list(cells[0].columns) if cells else [])) if name != y]
     measured = [_measured(cell, y, wanted, resamples) for cell in cells]
     parts = [one for one in measured if one.names]
-    if len(parts) > 1:
-        parts.append(_pooled(parts, wanted))
+    pooled = _pooled(parts, wanted)
+    parts += [pooled] if pooled else []
     lines: list[Predictor] = []
     pairs: list[Difference] = []
     for part in parts:
@@ -87,7 +88,7 @@ def _measured(cell: CellData, y: str, wanted: Sequence[str], resamples: int) -> 
     by_seed = cell.by_seed.get(y)
     noise = noise_of(b, by_seed[keep] if by_seed is not None else None, 0, 0)
     part = _Part(cell.cell_id, cell.title, n, expected_sign("pruned_train_loss", y), noise.ceiling)
-    counts = resampled(n, resamples, seed_of(cell)) if FEWEST <= n <= MOST else np.empty((0, n))
+    counts = resampled(n, resamples, seed_of(b)) if FEWEST <= n <= MOST else np.empty((0, n))
     for name in there if n > 1 else []:
         _add(part, name, columns[name][keep], b, counts)
     return part
@@ -95,38 +96,48 @@ def _measured(cell: CellData, y: str, wanted: Sequence[str], resamples: int) -> 
 
 def _add(part: _Part, name: str, a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> None:
     part.names.append(name)
-    part.tau[name], asymptotic = kendall(a.tolist(), b.tolist())
+    part.tau[name], asymptotic = kendall(a, b)
     part.p[name] = kendall_p(a, b, asymptotic)[0]
-    statistic = tau_of(a, b)
-    draws = statistic(counts) if len(counts) else np.empty(0)
-    part.interval[name] = bca(part.tau[name], draws, statistic(left_out(part.n))) if len(draws) else NO_INTERVAL
-    part.draws[name] = part.sign * draws
+    part.draws[name], part.interval[name] = np.empty(0), NO_INTERVAL
+    if len(counts):
+        statistic = tau_of(a, b)
+        draws = statistic(counts)
+        part.draws[name] = part.sign * draws
+        part.interval[name] = bca(part.tau[name], draws, statistic(left_out(part.n)))
 
 
-def _pooled(parts: Sequence[_Part], wanted: Sequence[str]) -> _Part:
-    """The mean over the cells that have every predictor that any has."""
-    names = [name for name in wanted if any(name in part.names for part in parts)]
-    whole = [part for part in parts if set(part.names) == set(names)]
-    ceilings = [part.ceiling for part in whole]
-    pooled = _Part("", ALL_CELLS, sum(part.n for part in whole), parts[0].sign, float(np.mean(ceilings or [np.nan])))
-    for name in names if whole else []:
+def _pooled(parts: Sequence[_Part], wanted: Sequence[str]) -> _Part | None:
+    """The mean over the cells large enough to be resampled; a predictor without a tau in one of them has none."""
+    whole = [part for part in parts if any(len(draws) for draws in part.draws.values())]
+    if len(whole) < 2:
+        return None
+    title = ALL_CELLS if len(whole) == len(parts) else f"{len(whole)} of {len(parts)} cells"
+    pooled = _Part("", title, sum(part.n for part in whole), whole[0].sign, _mean([part.ceiling for part in whole]))
+    for name in [name for name in wanted if any(name in part.names for part in whole)]:
+        taus = [part.tau.get(name, np.nan) for part in whole]
         pooled.names.append(name)
-        pooled.tau[name] = float(np.mean([part.tau[name] for part in whole]))
-        drawn = [part.draws[name] for part in whole]
-        draws = np.mean(drawn, axis=0) if len({len(d) for d in drawn}) == 1 else np.empty(0)
-        found = percentile(pooled.sign * draws)
-        pooled.draws[name], pooled.interval[name] = draws, found
-        pooled.p[name] = _two_sided(draws)
+        pooled.tau[name] = _mean(taus)
+        everywhere = bool(np.isfinite(taus).all())
+        draws = np.mean([part.draws[name] for part in whole], axis=0) if everywhere else np.empty(0)
+        pooled.draws[name], pooled.interval[name] = draws, percentile(pooled.sign * draws)
+        pooled.p[name] = _two_sided(pooled.tau[name], draws)
     return pooled
 
 
-def _two_sided(draws: np.ndarray) -> float:
-    """p of no difference from zero: twice the share of resamples on the rarer side, never 0."""
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _two_sided(found: float, draws: np.ndarray) -> float:
+    """p of what was found being zero: normal, with the standard error of its resamples. Counting resamples beyond zero
+    would end at one in their number, which many pairs could never pass."""
+    from scipy.special import ndtr
+
     defined = draws[np.isfinite(draws)]
-    if not len(defined):
+    if not np.isfinite(found) or len(defined) < 2:
         return float("nan")
-    rarer = min((defined <= 0).sum(), (defined >= 0).sum())
-    return float(min(2 * (rarer + 1) / (len(defined) + 1), 1))
+    error = defined.std(ddof=1)
+    return float(2 * ndtr(-abs(found) / error)) if error > 0 else (1.0 if found == 0 else float("nan"))
 
 
 def _differences(part: _Part) -> list[Difference]:
@@ -135,25 +146,25 @@ def _differences(part: _Part) -> list[Difference]:
     for one, other in combinations(part.names, 2):
         lead = part.sign * (part.tau[one] - part.tau[other])
         better, worse = (one, other) if lead >= 0 else (other, one)
-        draws = part.draws[better] - part.draws[worse]
-        found.append(
-            Difference(
-                part.cell_id, part.title, better, worse, abs(lead), percentile(draws), _two_sided(draws), float("nan")
-            )
-        )
+        there = len(part.draws[better]) and len(part.draws[worse])
+        draws = part.draws[better] - part.draws[worse] if there else np.empty(0)
+        p = _two_sided(lead, draws)
+        found.append(Difference(part.cell_id, part.title, better, worse, abs(lead), percentile(draws), p, float("nan")))
     return [replace(one, p_holm=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
 
 
 def _ranked(part: _Part, differences: Sequence[Difference]) -> list[Predictor]:
     """The predictors, the strongest first; those without a tau last."""
-    strength = {name: part.sign * part.tau[name] for name in part.names}
+    strength = {name: part.sign * part.tau[name] + 0.0 for name in part.names}  # no -0
     order = sorted(part.names, key=lambda name: (np.isnan(strength[name]), -strength[name]))
     beaten = {name: tuple(d.worse for d in differences if d.better == name and d.p_holm <= REAL) for name in order}
+    rank = {name: 1 + sum(strength[other] > strength[name] for other in order) for name in order}
+    rank |= {name: len(order) for name in order if np.isnan(strength[name])}
     return [
         Predictor(
             cell_id=part.cell_id,
             cell=part.title,
-            rank=rank,
+            rank=rank[name],
             name=name,
             n=part.n,
             tau=part.tau[name],
@@ -163,5 +174,5 @@ def _ranked(part: _Part, differences: Sequence[Difference]) -> list[Predictor]:
             ceiling=part.ceiling,
             beats=beaten[name],
         )
-        for rank, name in enumerate(order, 1)
+        for name in order
     ]

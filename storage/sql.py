@@ -27,6 +27,7 @@ from storage.errors import QueryError
 from storage.manifest import PLAN_SCHEMA
 from storage.rowfiles import ROW_FILES_SCHEMA, Problem, chosen
 from storage.schema import COLUMNS, SCHEMA
+from storage.statistics.p_values import p_of
 
 if TYPE_CHECKING:
     from storage.store import Store
@@ -181,15 +182,15 @@ def _add_functions(con: duckdb.DuckDBPyConnection) -> None:
         "kendall_ci": (_kendall_ci, interval),
     }
     for name in ("kendall", "spearman", "pearson"):
-        for suffix, which in (("", 0), ("_p", 1)):
-            functions[f"{name}{suffix}"] = (_part(getattr(statistics, name), which), DOUBLE)
+        functions[name] = (_statistic(getattr(statistics, name)), DOUBLE)
+        functions[f"{name}_p"] = (partial(p_of, name), DOUBLE)
     for name, (function, kind) in functions.items():
         special = FunctionNullHandling.SPECIAL
         con.create_function(name, _nullable(function), doubles, kind, null_handling=special)
 
 
-def _part(test: Callable[[Any, Any], tuple[float, float]], which: int) -> Callable[[Any, Any], float]:
-    return lambda x, y: test(x, y)[which]
+def _statistic(test: Callable[[Any, Any], tuple[float, float]]) -> Callable[[Any, Any], float]:
+    return lambda x, y: test(x, y)[0]
 
 
 def _kendall_ci(x: list[float], y: list[float]) -> dict[str, float] | None:

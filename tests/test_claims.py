@@ -138,8 +138,11 @@ def test_the_paper_s_verdict() -> None:
     assert verdict(-0.2, 0.05, -1) == "valid" == verdict(0.2, 0.05, 1)
     assert verdict(-0.19, 0.001, -1) == verdict(-0.5, 0.06, -1) == verdict(0.5, 0.001, -1) == "not valid"
     assert verdict(math.nan, math.nan, -1) == ""
-    assert settled(Interval(-0.5, -0.2), -1) and settled(Interval(-0.19, 0.4), -1) and settled(Interval(0.3, 0.4), -1)
-    assert not settled(Interval(-0.3, -0.1), -1) and not settled(Interval(), -1)
+    assert settled(Interval(-0.5, -0.2), "valid", -1) is settled(Interval(0.2, 0.5), "valid", 1) is True
+    assert settled(Interval(-0.19, 0.4), "not valid", -1) is settled(Interval(0.3, 0.4), "not valid", -1) is True
+    assert settled(Interval(-0.3, -0.1), "valid", -1) is settled(Interval(-0.3, -0.1), "not valid", -1) is False
+    assert settled(Interval(-0.9, -0.3), "not valid", -1) is False  # its p is too high, its interval is not
+    assert settled(Interval(), "valid", -1) is settled(Interval(-0.5, -0.3), "", -1) is None
 
 
 def test_an_accuracy_as_x_picks_its_highest() -> None:
@@ -185,7 +188,7 @@ def test_the_bench_ranks_and_says_which_leads_are_real() -> None:
     assert {line.cell for line in lines} == {"a", "b", ALL_CELLS}
     for cell in ("a", "b", ALL_CELLS):
         ranked = [line for line in lines if line.cell == cell]
-        assert [line.rank for line in ranked] == [1, 2, 3, 4]
+        assert [line.rank for line in ranked] == [1, 2, 2, 4]  # score_l1 and score_l2 order alike
         assert ranked[0].name == X and "score_fpgm" in ranked[0].beats
         assert [line.strength for line in ranked] == sorted((line.strength for line in ranked), reverse=True)
         assert all(line.strength == pytest.approx(-line.tau) for line in ranked)
@@ -212,6 +215,12 @@ def test_the_bench_is_paired_over_candidates() -> None:
 def test_the_bench_of_nothing_and_of_constants() -> None:
     """No cell, one candidate, a constant score: lines without numbers, no crash."""
     assert bench([], Y) == ([], [])
+    whole, other, few = _bench_cell("a", 0), _bench_cell("c", 1), range(4)
+    four = {name: [values[at] for at in few] for name, values in whole.columns.items()}
+    small = replace(whole, cell_id="b", title="b", candidate=list(few), columns=four, by_seed={})
+    lines, _ = bench([whole, small, replace(other, columns=other.columns | {"score_l2": [1.0] * 60})], Y)
+    pooled = {line.name: line for line in lines if line.cell == "2 of 3 cells"}
+    assert pooled[X].n == 120 and pooled[X].rank == 1 and math.isnan(pooled["score_l2"].tau)
     cell = _cell(1, k=1)
     lines, _ = bench([cell], Y)
     assert lines == [] or all(math.isnan(line.tau) for line in lines)

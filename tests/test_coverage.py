@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from storage.correlate import CellData
+from storage.criteria import bench
 from storage.statistics import kendall
 from storage.statistics.noise import ceiling, noise_of
 from storage.statistics.picks import picks_of
@@ -105,3 +107,15 @@ def test_so_many_candidates_settle_the_sign() -> None:
     n = 40 + int(power_of(40, tau, 0.2, Noise(1), grows=True).more_candidates)
     found = np.mean([kendall(x, y)[1] <= 0.05 for x, y in _pairs(n, math.sin(math.pi / 2 * tau))])
     assert found == pytest.approx(0.8, abs=0.06)
+
+
+def test_two_criteria_that_predict_alike_rarely_differ() -> None:
+    """Of cells in which both are as good, the paired test of their difference finds one in about 5 %."""
+    n = 45
+    found = []
+    for seed, (x, y) in enumerate(_pairs(n, -0.5)):
+        one, other = (x + 0.7 * e for e in np.random.default_rng([seed, 7]).normal(size=(2, n)))
+        columns = {"score_l1": one.tolist(), "score_l2": other.tolist(), "best_test_accuracy": y.tolist()}
+        _, (pair,) = bench([CellData("c", "c", list(range(n)), columns, n, 1)], "best_test_accuracy", resamples=400)
+        found.append(pair.p)
+    assert 0.03 <= np.mean(np.array(found) <= 0.05) <= 0.075

@@ -164,9 +164,8 @@ def test_picks_by_hand() -> None:
 def test_counterexamples_are_counted_pair_by_pair(pairs: list[tuple[int, int]], noise: float) -> None:
     """Ordered wrongly, and by more than noise; ties in x order nothing."""
     x, y = (np.array(side, float) for side in zip(*pairs, strict=True))
-    least = 1.959964 * math.sqrt(2) * noise
     wrong = sum(
-        (x[i] - x[j]) * (y[i] - y[j]) > 0 and abs(y[i] - y[j]) > least for i, j in combinations(range(len(x)), 2)
+        (x[i] - x[j]) * (y[i] - y[j]) > 0 and abs(y[i] - y[j]) > noise for i, j in combinations(range(len(x)), 2)
     )
     assert counterexamples(x, y, noise) == pytest.approx(wrong / math.comb(len(x), 2))
     assert math.isnan(counterexamples(x, y, math.nan))

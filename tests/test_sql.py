@@ -260,7 +260,7 @@ def test_correlations_in_sql_are_scipys(name: str, test: Any, store: Store) -> N
     y = [a + b for a, b in zip(x, generator.normal(size=30).tolist(), strict=True)]
     expected = test(x, y)
     assert _one(store, f"{name}({x}, {y})") == pytest.approx(expected.statistic, rel=1e-12)
-    assert _one(store, f"{name}_p({x}, {y})") == pytest.approx(expected.pvalue, rel=1e-12)
+    assert _one(store, f"{name}_p({x}, {y})") == pytest.approx(expected.pvalue, rel=1e-9, abs=1e-12)
     with_holes = f"[NULL, 1, 99] || {x}, [5, NULL, 'nan'::double] || {y}"
     assert _one(store, f"{name}({with_holes})") == pytest.approx(expected.statistic, rel=1e-12)
 

@@ -105,6 +105,16 @@ def ceiling(reliability: float) -> float:
     return float(2 / np.pi * np.arcsin(np.sqrt(np.clip(reliability, 0, 1))))
 
 
+def beyond_noise(noise: Noise, n: int) -> float:
+    """The difference of two candidates' means that retraining noise alone exceeds, one way, in 2.5 %: Student's t times
+    its standard error, noise being estimated with (n - 1)(k - 1) degrees of freedom. NaN where it is not."""
+    if not np.isfinite(noise.noise_std):
+        return NAN
+    from scipy.special import stdtrit
+
+    return float(stdtrit((n - 1) * (noise.seeds - 1), (1 + CONFIDENCE) / 2) * np.sqrt(2) * noise.noise_std)
+
+
 def split_half(by_seed: np.ndarray) -> float:
     """Tau-b between the means over disjoint halves of the seeds, averaged over the ways to halve them."""
     k = by_seed.shape[1]

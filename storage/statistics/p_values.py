@@ -8,11 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from storage.statistics.association import NAN
+from storage.statistics.association import NAN, Values, kendall, paired, pearson, spearman
 
 FEW = 50
 """Up to so many candidates p is exact or by permutation, beyond it is scipy's asymptotic one."""
 PERMUTATIONS = 9999
+_FLOOR = 1 / (PERMUTATIONS + 1)
+
+
+def p_of(test: str, x: Values, y: Values) -> float:
+    """The two-sided p that `corr` gives of `kendall`, `spearman` or `pearson`; NaN where it is not defined."""
+    from scipy.stats import rankdata
+
+    a, b, _ = paired(x, y)
+    asymptotic = {"kendall": kendall, "spearman": spearman, "pearson": pearson}[test](a, b)[1]
+    if test == "kendall":
+        return kendall_p(a, b, asymptotic)[0]
+    return product_p(*((rankdata(a), rankdata(b)) if test == "spearman" else (a, b)), asymptotic)
 
 
 def kendall_p(x: np.ndarray, y: np.ndarray, asymptotic: float) -> tuple[float, str]:
@@ -30,7 +42,8 @@ def kendall_p(x: np.ndarray, y: np.ndarray, asymptotic: float) -> tuple[float, s
     signs = [np.sign(side[:, None] - side[None, :]) for side in (x, y)]
     orders, exact = _orders(n)
     scores = np.array([np.vdot(signs[0], signs[1][np.ix_(order, order)]) for order in orders])
-    return _share(scores, float(np.vdot(*signs)), exact), "exact" if exact else "permutation"
+    p = _share(scores, float(np.vdot(*signs)), exact)
+    return _below(p, asymptotic), "exact" if exact else "permutation" if p > _FLOOR else "asymptotic"
 
 
 def product_p(a: np.ndarray, b: np.ndarray, asymptotic: float) -> float:
@@ -40,8 +53,9 @@ def product_p(a: np.ndarray, b: np.ndarray, asymptotic: float) -> float:
     if len(a) > FEW:
         return asymptotic
     orders, exact = _orders(len(a))
-    centred = a - a.mean()
-    return _share(b[orders] @ centred, float(b @ centred), exact)
+    centred, other = (side - side.mean() for side in (a, b))
+    scale = np.linalg.norm(centred) * np.linalg.norm(other)
+    return _below(_share(other[orders] @ centred / scale, float(other @ centred / scale), exact), asymptotic)
 
 
 def _defined(x: np.ndarray, y: np.ndarray) -> bool:
@@ -56,6 +70,11 @@ def _orders(n: int) -> tuple[np.ndarray, bool]:
         return np.array(list(permutations(range(n)))), True
     generator = np.random.Generator(np.random.Philox(n))
     return generator.permuted(np.tile(np.arange(n), (PERMUTATIONS, 1)), axis=1), False
+
+
+def _below(p: float, asymptotic: float) -> float:
+    """p, and where none of the orders was as far, which says no more than that it is small, the asymptotic one."""
+    return p if p > _FLOOR else min(p, asymptotic)
 
 
 def _share(scores: np.ndarray, found: float, exact: bool) -> float:

@@ -13,8 +13,6 @@ from storage.statistics.resampling import percentile
 
 TOP_SHARE = 0.1
 """The `top` candidates are so many of all, one at least."""
-BEYOND_NOISE = 1.959964
-"""Standard errors of a difference by which two candidates differ by more than noise."""
 
 
 def lowest(x: np.ndarray) -> int:
@@ -44,11 +42,14 @@ def picks_of(
     y: np.ndarray,
     by_seed: np.ndarray | None,
     candidate: np.ndarray,
-    noise_std: float,
+    least: float,
     parts: Iterable[np.ndarray],
 ) -> Picks:
-    """What picking the lowest x [n] costs in y [n], of which more is better; `by_seed` is y [n, seeds], `noise_std` the
-    noise of a mean over them (NaN: not known), `parts` the resamples that the intervals are of, [some, n] each."""
+    """What picking the lowest x [n] costs in y [n], of which more is better; `by_seed` is y [n, seeds].
+
+    `least` is the difference beyond retraining noise (NaN: not known), `parts` are the resamples that the intervals are
+    of, [some, n] each.
+    """
     n = len(x)
     if not _differ(x, y):
         return Picks()
@@ -65,7 +66,7 @@ def picks_of(
         percentile=float((np.delete(y, picked) <= y[picked]).mean()),
         top=top,
         top_overlap=top_overlap(x, y, top),
-        counterexamples=counterexamples(x, y, noise_std),
+        counterexamples=counterexamples(x, y, least),
     )
 
 
@@ -106,14 +107,14 @@ def _places(values: np.ndarray, top: int) -> np.ndarray:
     return below + tied * (top - below.sum()) / tied.sum()
 
 
-def counterexamples(x: np.ndarray, y: np.ndarray, noise_std: float) -> float:
+def counterexamples(x: np.ndarray, y: np.ndarray, least: float) -> float:
     """The share of pairs of candidates that x orders wrongly, y differing by more than retraining noise.
 
     Noise alone puts at most 2.5 % of the pairs here. NaN where the noise is not known.
     """
-    if not np.isfinite(noise_std) or len(x) < 2:
+    if not np.isfinite(least) or len(x) < 2:
         return NAN
-    wrong, least = 0, BEYOND_NOISE * np.sqrt(2) * noise_std
+    wrong = 0
     for at in range(0, len(x), 256):
         part = slice(at, at + 256)
         wrong += int(((x[part, None] < x) & (y - y[part, None] > least)).sum())

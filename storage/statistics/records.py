@@ -84,7 +84,7 @@ class Claim:
     p values are two-sided, by `p_method` (tau's: exact, permutation or asymptotic); `p_holm` and `p_bh` are adjusted
     over the family of the cells shown. `verdict` is the paper's: `valid` where tau is at most -0.2 (for a y of
     which more is better; else at least 0.2) with p at most 0.05, else `not valid`, and empty where there is no tau.
-    `settled` tells whether the interval lies wholly on one side of that 0.2.
+    `settled` tells whether the whole interval lies on the verdict's side of that 0.2; None without an interval.
     """
 
     cell_id: str
@@ -108,7 +108,7 @@ class Claim:
     pearson_interval: Interval
     pearson_p: float
     verdict: str
-    settled: bool
+    settled: bool | None
     picks: Picks = field(default_factory=Picks)
     noise: Noise = field(default_factory=lambda: Noise(0))
     power: Power = field(default_factory=Power)
