@@ -15,6 +15,7 @@ from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from storage.correlate import cell_data
@@ -24,8 +25,9 @@ from storage.schema import SCHEMA
 from storage.sql import quoted, run_query
 
 if TYPE_CHECKING:
+    from storage.correlate import CellData
     from storage.rowfiles import Problem
-    from storage.statistics.records import Claim
+    from storage.statistics.records import Claim, Interval
     from storage.store import Store
 
 PROVENANCE = ("versions", "execution", "device", "host", "dense_sha256")
@@ -318,18 +320,40 @@ def _only_what_differs(table: pa.Table, name: str) -> pa.Table:
 
 
 def verdicts(pairs: Pairs, x: str, y: str, report: Callable[[Problem], None] | None = None) -> pa.Table:
-    """Per pair of cells tau with its interval, p and the verdict of each side, and whether the verdict changed: those
-    that did first. A side without a verdict has changed nothing. Raises QueryError."""
+    """Per pair of cells tau with its interval, p and the verdict of each side; the difference of tau with its own, over
+    the candidates of both; and whether the verdict changed: those that did first.
+
+    A side without a verdict has changed nothing. Raises QueryError.
+    """
     a = _claims(pairs.a, x, y, report)
     b = a if pairs.a == pairs.b else _claims(pairs.b, x, y, report)
-    lines = [_both(pair, a[pair.cell_a], b[pair.cell_b]) for pair in pairs.cells]
+    lines = [_both(pair, a[pair.cell_a], b[pair.cell_b], x, y) for pair in pairs.cells]
     return pa.Table.from_pylist(sorted(lines, key=lambda line: not line["changed"]), schema=_VERDICTS)
 
 
-def _claims(side: Side, x: str, y: str, report: Callable[[Problem], None] | None) -> dict[str, Claim]:
+_Claimed = tuple["CellData", "Claim"]
+
+
+def _claims(side: Side, x: str, y: str, report: Callable[[Problem], None] | None) -> dict[str, _Claimed]:
     from storage.claims import claims
 
-    return {one.cell_id: one for one in claims(cell_data(side.store, side.sweep, (x, y), None, report), x, y)}
+    cells = cell_data(side.store, side.sweep, (x, y), None, report)
+    return {cell.cell_id: (cell, claim) for cell, claim in zip(cells, claims(cells, x, y), strict=True)}
+
+
+def _tau_difference(pair: Pair, a: CellData, b: CellData, x: str, y: str) -> Interval:
+    """The interval of the difference of tau, over the candidates that both cells have; none where a number stands for
+    other units on the other side."""
+    from storage.statistics.resampling import tau_difference
+
+    both = set(a.candidate) & set(b.candidate) if not set(pair.differing) & (_OTHER_UNITS | _OTHER_NUMBERS) else set()
+    sides = []
+    for cell in (a, b):
+        at = [place for place, candidate in enumerate(cell.candidate) if candidate in both]
+        sides += [np.asarray(cell.columns[name], dtype=np.float64)[at] for name in (x, y)]
+    there = np.isfinite(sides).all(axis=0)
+    x_a, y_a, x_b, y_b = (side[there] for side in sides)
+    return tau_difference((x_a, y_a), (x_b, y_b))
 
 
 def _on(name: str, side: str) -> str:
@@ -349,12 +373,18 @@ _SIDE: dict[str, tuple[pa.DataType, Callable[[Claim], Any]]] = {
 _VERDICTS = pa.schema(
     [("cell", pa.string()), ("a", pa.string()), ("b", pa.string()), ("changed", pa.bool_())]
     + [(_on(name, side), kind) for side in "ab" for name, (kind, _) in _SIDE.items()]
-    + [("tau_difference", pa.float64()), ("cell_a", pa.string()), ("cell_b", pa.string())]
+    + [(f"tau_difference{end}", pa.float64()) for end in ("", "_low", "_high")]
+    + [("cell_a", pa.string()), ("cell_b", pa.string())]
 )
 
 
-def _both(pair: Pair, a: Claim, b: Claim) -> dict[str, Any]:
-    sides = {_on(name, side): value(one) for side, one in (("a", a), ("b", b)) for name, (_, value) in _SIDE.items()}
+def _both(pair: Pair, one: _Claimed, other: _Claimed, x: str, y: str) -> dict[str, Any]:
+    (cell_a, a), (cell_b, b) = one, other
+    sides = {
+        _on(name, side): value(claim) for side, claim in (("a", a), ("b", b)) for name, (_, value) in _SIDE.items()
+    }
     changed = bool(a.verdict and b.verdict and a.verdict != b.verdict)
     about = {"cell": pair.title, "a": pair.a, "b": pair.b, "changed": changed, "tau_difference": b.tau - a.tau}
+    found = _tau_difference(pair, cell_a, cell_b, x, y)
+    about |= {"tau_difference_low": found.low, "tau_difference_high": found.high}
     return about | sides | {"cell_a": pair.cell_a, "cell_b": pair.cell_b}

@@ -8,7 +8,7 @@ from scipy import stats
 
 from storage.statistics import kendall, kendall_ci, pearson, spearman
 from storage.statistics.p_values import benjamini_hochberg, holm, kendall_p, product_p
-from storage.statistics.records import NO_INTERVAL
+from storage.statistics.records import NO_INTERVAL, Interval
 from storage.statistics.resampling import (
     Statistic,
     bca,
@@ -19,7 +19,9 @@ from storage.statistics.resampling import (
     percentile,
     resampled,
     resampled_parts,
+    seed_of,
     spearman_of,
+    tau_difference,
     tau_of,
 )
 
@@ -101,6 +103,20 @@ def test_the_interval_of_a_list_is_that_of_its_pairs() -> None:
     low, high = kendall_ci(x, y)
     assert low < kendall(x, y)[0] < high
     assert kendall_ci([*x, None, 1.0], [*y, 0.3, float("nan")]) == (low, high)
+
+
+def test_the_difference_of_two_taus_is_of_the_same_resamples() -> None:
+    """Against tau of candidates repeated one resample at a time; nothing of nothing, and 0 of a cell with itself."""
+    x, y = _draw(30)
+    other = (np.random.default_rng(9).normal(size=30), y + 0.1 * x)
+    draws = []
+    for line in resampled(30, 2000, seed_of(y)).astype(int):
+        again = np.repeat(np.arange(30), line)
+        draws.append(kendall(other[0][again], other[1][again])[0] - kendall(x[again], y[again])[0])
+    found = tau_difference((x, y), other)
+    assert (found.low, found.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    assert tau_difference((x, y), (x, y)) == Interval(0, 0)
+    assert tau_difference((x, y), (x, np.ones(30))) == tau_difference((x[:4], y[:4]), (x[:4], y[:4])) == NO_INTERVAL
 
 
 def test_of_many_candidates_the_jackknife_stands_in() -> None:

@@ -31,7 +31,7 @@ def noise_of(x: np.ndarray, by_seed: np.ndarray | None, resamples: int, seed: in
     `by_seed` is None where y has no value per seed.
     """
     if by_seed is None:
-        return Noise(0, why_not=NO_VALUES_BY_SEED)
+        return Noise(0, why_not=NO_VALUES_BY_SEED if len(x) >= FEWEST else TOO_FEW)
     n, k = by_seed.shape
     if k < 2:
         return Noise(k, why_not=ONE_SEED)

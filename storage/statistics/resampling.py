@@ -130,6 +130,16 @@ def pearson_of(x: np.ndarray, y: np.ndarray) -> Statistic:
     return lambda counts: _weighted_r(counts, np.broadcast_to(a, counts.shape), np.broadcast_to(b, counts.shape))
 
 
+def tau_difference(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> Interval:
+    """The percentile interval of tau-b of b less that of a: x and y of the same candidates, [n] each, which are resampled
+    together."""
+    n = len(a[0])
+    if not FEWEST <= n <= MOST or any(np.ptp(side) == 0 for side in (*a, *b)):
+        return NO_INTERVAL
+    counts = resampled(n, RESAMPLES, seed_of(a[1]))
+    return percentile(tau_of(*b)(counts) - tau_of(*a)(counts))
+
+
 def spearman_of(x: np.ndarray, y: np.ndarray) -> Statistic:
     """Spearman's rho of x and y, both [n]: ranks anew in each resample, ties at their mean."""
     ties = [np.unique(side, return_inverse=True)[1] for side in (x, y)]
