@@ -77,13 +77,19 @@ class Queue:
         """How many shards of a precision run, or could."""
         return len(self.running) + sum(s.precision == precision and self._can_start(s) for s in self.waiting)
 
-    def next(self, precision: str, elsewhere: frozenset[str] = frozenset()) -> Shard | None:
-        """The next shard of a precision that can start, now running; None while all must wait.
+    def next(
+        self,
+        precision: str,
+        elsewhere: frozenset[str] = frozenset(),
+        fits: Callable[[Shard], bool] = lambda _: True,
+    ) -> Shard | None:
+        """The next shard of a precision that can start, and `fits` who asks, now running; None while all must wait.
 
         Shards that another driver has running, `elsewhere`, wait: they may be done soon.
         """
         for i, shard in enumerate(self.waiting):
-            if shard.precision == precision and self._can_start(shard) and shard.filed_under not in elsewhere:
+            known = shard.precision == precision and self._can_start(shard) and shard.filed_under not in elsewhere
+            if known and fits(shard):
                 del self.waiting[i]
                 self.running[shard.shard_id] = shard
                 return shard

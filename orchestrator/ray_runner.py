@@ -1,4 +1,8 @@
-"""The runner on Ray: a shard is a Tune trial, actors are reused. Tune places, runs and reports."""
+"""The runner on Ray: a worker is a Tune trial, which is given one shard after the other. Tune places, runs and reports.
+
+Tune's own reuse of actors, with a trial for each shard, gives the actor of a trial that ends to one whose own actor is
+starting, and ends that one: where shards are short or workers many, a new node would never have any.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,16 +67,15 @@ class ShardTrainable(tune.Trainable):
         self.pulse.__enter__()
         part = config["gpus"]
         self.worker = Worker(store, config["data_root"], precision, cpu=config["cpu"], pulse=self.pulse, part=part)
-        self.reset_config(config)
+        self.begin(config)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        shard = Shard.from_dict(new_config["shard"])
-        self.rows = fit_to_run(new_config, shard, self.worker.run_shard(shard))
-        return True
+    def begin(self, config: dict[str, Any]) -> None:
+        """Have the shard of `config` to run."""
+        shard = Shard.from_dict(config["shard"])
+        self.rows = fit_to_run(config, shard, self.worker.run_shard(shard))
 
     def step(self) -> dict[str, Any]:
-        """Run tasks for a while; an `ending` once the shard has ended, and how. It is the driver that then calls the
-        trial done: it may want the place."""
+        """Run tasks for a while; an `ending` once the shard has ended, and how."""
         started, failures, done, measures = time.monotonic(), list[Failure](), 0, list[dict[str, float]]()
         ending: Ending | None = Ending(End.FINISHED)
         try:
@@ -114,13 +117,21 @@ class ShardSearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.driver.stop.is_set():
             self.queue.halt()
-        if len(self.shard_of) >= self.room.now(self.queue.wanted(self.precision)):
-            return None
-        shard = self.queue.next(self.precision, self.driver.elsewhere)
+        shard = self.next(trial_id) if len(self.shard_of) < self.share() else None
         if shard is None:
             return Searcher.FINISHED if self.queue.exhausted(self.precision) else None
-        self.shard_of[trial_id] = shard.shard_id
         return {"shard": shard.to_dict(), **self.common, "gpus": self.room.placement.of(shard)}
+
+    def share(self) -> int:
+        """How many workers this driver may have now."""
+        return self.room.now(self.queue.wanted(self.precision))
+
+    def next(self, trial_id: str, fits: Callable[[Shard], bool] = lambda _: True) -> Shard | None:
+        """The next shard, for a trial; None where there is none at the moment."""
+        shard = self.queue.next(self.precision, self.driver.elsewhere, fits)
+        if shard is not None:
+            self.shard_of[trial_id] = shard.shard_id
+        return shard
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing: the reporter hears of it, and in case of an error of which."""
@@ -152,70 +163,85 @@ class Room:
 
 
 class Turns(FIFOScheduler):
-    """Ends a trial with its shard, or between two tasks, and then its process too, where other drivers wait for
-    their share: Tune would keep an actor that is not needed at the moment, with its place on the cluster."""
+    """What a worker is to do after each of its reports: go on, with its shard or the next one, or end.
 
-    def __init__(self, searcher: ShardSearcher) -> None:
+    It ends where the queue has nothing for it, or other drivers wait for their share: then between two tasks.
+    """
+
+    def __init__(self, account: Account, searcher: ShardSearcher) -> None:
         super().__init__()
-        self.searcher = searcher
+        self.account, self.searcher = account, searcher
         self.since: dict[str, float] = {}
+        self.given: dict[str, Shard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, as of the searcher."""
         return {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        actor, running = trial.temporary_state.ray_actor, self.searcher.shard_of
-        self.searcher.room.now(self.searcher.queue.wanted(self.searcher.precision))
-        since = self.since.setdefault(actor._actor_id.hex(), time.monotonic())
-        if not self.searcher.room.sharing.gives_way(len(running), since):
-            return TrialScheduler.CONTINUE if result["ending"] is None else TrialScheduler.STOP
-        result["gives_way"] = True
-        actor.stop.remote()
-        actor.__ray_terminate__.remote()
-        return TrialScheduler.CONTINUE  # what Tune asks of it next finds it gone
+        self.account.rows(result["tasks_done"], [tuple(one) for one in result["failures"]])
+        self.account.say_all(result["messages"])
+        name, searcher, told = trial.trial_id, self.searcher, result["ending"]
+        since = self.since.setdefault(name, time.monotonic())
+        searcher.share()
+        leaves = searcher.room.sharing.gives_way(len(self.since), since)
+        if told is None and not leaves:
+            return TrialScheduler.CONTINUE
+        self.ended(trial, Ending(End.GAVE_WAY) if told is None else Ending(End(told[0]), *told[1:]))
+        shard = None if leaves else self._next(trial)
+        if shard is None:
+            self.since.pop(name)
+            return TrialScheduler.STOP
+        self.given[name] = shard
+        return TrialScheduler.CONTINUE
+
+    def _next(self, trial: Any) -> Shard | None:
+        searcher = self.searcher
+        if searcher.driver.stop.is_set():
+            searcher.queue.halt()
+        if len(searcher.shard_of) >= searcher.share():
+            return None
+        return searcher.next(trial.trial_id, lambda shard: searcher.room.placement.of(shard) == trial.config["gpus"])
+
+    def ended(self, trial: Any, ending: Ending) -> None:
+        """The shard that a trial was at has ended."""
+        shard_id = self.searcher.shard_of.pop(trial.trial_id)
+        if ending.kind is End.ELSEWHERE:
+            self.searcher.driver.leave(shard_id)
+        self.account.ended(shard_id, ending)
 
 
 class Reporter(tune.Callback):
-    """Carries what workers report, and how their shards end, to the account."""
+    """Gives workers the shards they are to go on with, after trackers were told of the last; and sees them die."""
 
-    def __init__(self, account: Account, searcher: ShardSearcher) -> None:
-        self.account, self.searcher = account, searcher
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, as of the searcher."""
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.account.shown.beat()
+        self.turns.account.shown.beat()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self.account.rows(result["tasks_done"], [tuple(one) for one in result["failures"]])
-        self.account.say_all(result["messages"])
-        if result["ending"] is not None:
-            kind, reason, task = result["ending"]
-            self._ended(trial, Ending(End(kind), reason, task))
-        elif result.get("gives_way"):
-            self._ended(trial, Ending(End.GAVE_WAY))
+        shard = self.turns.given.pop(trial.trial_id, None)
+        if shard is not None:
+            trial.config = {**trial.config, "shard": shard.to_dict()}
+            trial.temporary_state.ray_actor.begin.remote(trial.config)  # before the step that Tune asks for next
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process is gone: what our own code raises comes as a result."""
-        if trial.trial_id not in self.searcher.shard_of:  # it has given way
-            return
-        error = _error_of(trial)
-        note = self.searcher.driver.note_of(self.searcher.shard_of[trial.trial_id])
+        error, searcher = _error_of(trial), self.turns.searcher
+        self.turns.since.pop(trial.trial_id, None)
+        note = searcher.driver.note_of(searcher.shard_of[trial.trial_id])
         # Ray goes on with what may have been the cause.
         reason = last_line(str(error)).partition(" Some common causes")[0] or type(error).__name__
         preempted = isinstance(error, RayActorError) and error.preempted
-        self._ended(trial, seen(note, reason, preempted=preempted, memory="running low on memory" in str(error)))
-
-    def _ended(self, trial: Any, ending: Ending) -> None:
-        shard_id = self.searcher.shard_of.pop(trial.trial_id)
-        if ending.kind is End.ELSEWHERE:
-            self.searcher.driver.leave(shard_id)
-        self.account.ended(shard_id, ending)
+        memory = "running low on memory" in str(error)
+        self.turns.ended(trial, seen(note, reason, preempted=preempted, memory=memory))
 
 
 def _error_of(trial: Any) -> Exception | None:
@@ -260,7 +286,7 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
         try:
             while not driver.stop.is_set() and (precision := account.queue.precision):
                 searcher = ShardSearcher(account.queue, precision, common, driver, room)
-                _fit(trainable, searcher, [Reporter(account, searcher), *_trackers(options, driver)])
+                _fit(trainable, searcher, Turns(account, searcher), _trackers(options, driver))
         finally:
             room.sharing.leave()
 
@@ -293,23 +319,22 @@ def _kill(pid: int, started: float) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _fit(trainable: Any, searcher: ShardSearcher, callbacks: list[tune.Callback]) -> None:
+def _fit(trainable: Any, searcher: ShardSearcher, turns: Turns, trackers: list[tune.Callback]) -> None:
     """One Tune run. Its own files go to a folder that goes with it; it never raises on failed trials."""
     with tempfile.TemporaryDirectory(prefix="prunesweep-tune-", ignore_cleanup_errors=True) as storage:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=Turns(searcher),
+                scheduler=turns,
                 num_samples=-1,
-                reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=storage,
                 verbose=0,
-                callbacks=callbacks,
+                callbacks=[*trackers, Reporter(turns)],
                 failure_config=tune.FailureConfig(max_failures=0),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             ),

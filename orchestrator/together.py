@@ -33,11 +33,11 @@ class TogetherTrainable(tune.Trainable):
     """Tune's side of the processes that run a shard."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.reset_config(config)
+        self.begin(config)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.left, self.common = Shard.from_dict(new_config["shard"]), new_config
-        return True
+    def begin(self, config: dict[str, Any]) -> None:
+        """Have the shard of `config` to run."""
+        self.left, self.common = Shard.from_dict(config["shard"]), config
 
     def step(self) -> dict[str, Any]:
         """Run what is left of the shard, to its end or to the first task that fails."""

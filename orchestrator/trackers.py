@@ -65,6 +65,8 @@ class Trackers(tune.Callback):
     ) -> None:
         for measures in result["measures"]:
             self._tell(lambda measures=measures: self._task(trial, measures))
+        if result["ending"] is not None:  # the trial, which is a worker, may go on with another shard
+            self._end(trial, failed=False)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, failed=False)

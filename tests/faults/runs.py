@@ -40,12 +40,12 @@ class Sweep:
     def store(self) -> Store:
         return Store(self.folder / "results")
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """A driver in the background, in a session of its own."""
+    def start(self, *arguments: str, within: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """A driver in the background, in a session of its own; run by the command `within`, where there is one."""
         (self.folder / "quick.yaml").write_text(self.text)
         log = (self.folder / "log").open("a")
         return subprocess.Popen(
-            [sys.executable, str(QUICK), *arguments],
+            [*within, sys.executable, str(QUICK), *arguments],
             cwd=self.folder,
             stdout=log,
             stderr=subprocess.STDOUT,
