@@ -45,7 +45,7 @@ class Trackers(tune.Callback):
     """Passes on what the workers of a sweep report of their tasks."""
 
     def __init__(self, tracker: str, sweep: str) -> None:
-        self.sweep, self.works = sweep, True
+        self.sweep, self.works, self.begun = sweep, True, 0
         self.runs: dict[str, ShardRun] = {}
         self.steps: Counter[str] = Counter()
         self.tracker: LoggerCallback | None = None
@@ -85,7 +85,8 @@ class Trackers(tune.Callback):
     def _task(self, trial: Any, measures: dict[str, float]) -> None:
         run = self.runs.get(trial.trial_id)
         if run is None:
-            run = self.runs[trial.trial_id] = shard_run(self.sweep, trial)
+            self.begun += 1
+            run = self.runs[trial.trial_id] = shard_run(self.sweep, trial, f"{trial.trial_id}-{self.begun}")
             self._told.log_trial_start(run)  # pyright: ignore[reportArgumentType]
         self.steps[trial.trial_id] += 1
         result = {**measures, TRAINING_ITERATION: self.steps[trial.trial_id]}
@@ -93,6 +94,7 @@ class Trackers(tune.Callback):
 
     def _end(self, trial: Any, *, failed: bool) -> None:
         run = self.runs.pop(trial.trial_id, None)
+        self.steps.pop(trial.trial_id, None)
         if run is not None:
             self._tell(lambda: self._told.log_trial_end(run, failed))  # pyright: ignore[reportArgumentType]
 
@@ -106,8 +108,8 @@ class Trackers(tune.Callback):
             say(f"the tracker is told nothing more, the sweep goes on: {first_line(error)}")
 
 
-def shard_run(sweep: str, trial: Any) -> ShardRun:
-    """A trial's shard as a tracker sees it: named after the shard, with its cell as configuration."""
+def shard_run(sweep: str, trial: Any, run_id: str) -> ShardRun:
+    """The shard that a trial is at, as a tracker sees it: a run with an id of its own, named after the shard, with its cell as configuration."""
     shard = Shard.from_dict(trial.config["shard"])
     cell = shard.tasks[0].cell
     config = {
@@ -124,7 +126,7 @@ def shard_run(sweep: str, trial: Any) -> ShardRun:
         "schedule": cell.schedule,
         "tasks": len(shard.tasks),
     }
-    return ShardRun(trial.trial_id, sweep, trial.local_path, f"{sweep} {shard.shard_id}", config)
+    return ShardRun(run_id, sweep, trial.local_path, f"{sweep} {shard.shard_id}", config)
 
 
 def _wandb(sweep: str) -> LoggerCallback:

@@ -27,13 +27,14 @@ class Heard:
     """A logger callback of Ray's, as far as ours is concerned: it keeps what it is told."""
 
     def __init__(self, *, deaf: bool = False) -> None:
-        self.deaf, self.said = deaf, list[tuple[Any, ...]]()
+        self.deaf, self.said, self.ids = deaf, list[tuple[Any, ...]](), list[str]()
 
     def setup(self) -> None:
         if self.deaf:
             raise ConnectionError("no tracker there\nand more lines")
 
     def log_trial_start(self, trial: Any) -> None:
+        self.ids.append(trial.trial_id)
         self.said.append(("start", str(trial), trial.config))
 
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
@@ -65,11 +66,10 @@ def test_a_shard_is_a_run_and_a_task_a_step(monkeypatch: pytest.MonkeyPatch) -> 
     heard, of = Heard(), trial()
     callback = told(monkeypatch, heard)
     callback.setup()
-    callback.on_trial_result(1, [], of, {"measures": []})
+    callback.on_trial_result(1, [], of, {"measures": [], "ending": None})
     assert heard.said == []
-    callback.on_trial_result(2, [], of, {"measures": [{"seed": 0.0}, {"seed": 1.0}]})
-    callback.on_trial_result(3, [], of, {"measures": [{"seed": 2.0}]})
-    callback.on_trial_complete(3, [], of)
+    callback.on_trial_result(2, [], of, {"measures": [{"seed": 0.0}, {"seed": 1.0}], "ending": None})
+    callback.on_trial_result(3, [], of, {"measures": [{"seed": 2.0}], "ending": ["finished", "", None]})
     callback.on_trial_complete(3, [], of)
     callback.on_experiment_end([])
     (begin, *results), (end, over) = heard.said[:-2], heard.said[-2:]
@@ -83,6 +83,19 @@ def test_a_shard_is_a_run_and_a_task_a_step(monkeypatch: pytest.MonkeyPatch) -> 
     assert (end, over) == (("end", False), ("over",))
 
 
+def test_a_worker_s_next_shard_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that goes on with another shard, or the same again, begins a run with another id, and step 1."""
+    heard, of = Heard(), trial()
+    callback = told(monkeypatch, heard)
+    for ending in (["finished", "", None], None):
+        callback.on_trial_result(1, [], of, {"measures": [{"seed": 0.0}], "ending": ending})
+    callback.on_trial_error(1, [], of)
+    assert [said[0] for said in heard.said] == ["start", "result", "end"] * 2
+    assert [said[1] for said in heard.said if said[0] == "result"] == [1, 1]
+    assert [said[1] for said in heard.said if said[0] == "end"] == [False, True]
+    assert len(set(heard.ids)) == 2
+
+
 def test_a_tracker_that_fails_is_told_nothing_more(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +103,7 @@ def test_a_tracker_that_fails_is_told_nothing_more(
     heard, of = Heard(deaf=True), trial()
     callback = told(monkeypatch, heard)
     callback.setup()
-    callback.on_trial_result(1, [], of, {"measures": [{"seed": 0.0}]})
+    callback.on_trial_result(1, [], of, {"measures": [{"seed": 0.0}], "ending": None})
     callback.on_trial_error(1, [], of)
     callback.on_experiment_end([])
     assert heard.said == []
