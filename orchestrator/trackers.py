@@ -109,7 +109,7 @@ class Trackers(tune.Callback):
 
 
 def shard_run(sweep: str, trial: Any, run_id: str) -> ShardRun:
-    """The shard that a trial is at, as a tracker sees it: a run with an id of its own, named after the shard, with its cell as configuration."""
+    """The shard that a trial is at, as a tracker sees it: named after the shard, its cell as configuration, its id its own."""
     shard = Shard.from_dict(trial.config["shard"])
     cell = shard.tasks[0].cell
     config = {
