@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: install demo test test-all chaos bench lint lock clean
+.PHONY: install demo cluster-demo test test-all chaos bench lint lock clean
 
 install: $(STAMP)
 
@@ -22,6 +22,10 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	@$(BIN)/prunesweep run digits --store results
 	@$(BIN)/prunesweep plot digits --store results -o results/digits.png
+
+# Three nodes on this machine, one submitted sweep, one node killed in mid-run, the table at the end.
+cluster-demo: install
+	@RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m tests.faults.cluster_demo
 
 lint: install
 	@$(BIN)/ruff check .

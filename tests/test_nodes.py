@@ -236,7 +236,7 @@ def wait_until(what: Callable[[], bool], seconds: float = 60) -> None:
 
 def alive(address: str) -> int:
     """How many nodes of a cluster live."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
     return sum(node.state == 0 for node in GcsClient(address=address).get_all_node_info().values())
 
@@ -262,7 +262,7 @@ def test_a_node_that_comes_is_used(head: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_head_that_dies_costs_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The head is killed in mid-run: the driver ends, and says how to go on; its workers end. A resume on another
+    """The head is killed in mid-run: Ray ends the driver and its workers. A resume on another
     cluster does what is left, and runs nothing twice that was committed."""
     from ray.cluster_utils import Cluster
 
@@ -272,7 +272,7 @@ def test_a_head_that_dies_costs_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_
     first = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         first.add_node(num_cpus=1)
-        driver = sweep.start("run", "quick.yaml", "--address", first.address)
+        driver = sweep.start("run", "quick.yaml", "--address", str(first.address))
         assert sweep.wait_for(lambda: len(committed(sweep.store)) >= 3, driver)
         notes = sweep.notes()
         first.remove_node(first.head_node, allow_graceful=False)
@@ -285,7 +285,7 @@ def test_a_head_that_dies_costs_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_
     assert 3 <= len(before) < 45
     second = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:
-        code, said = sweep.run("resume", "quick", "--address", second.address)
+        code, said = sweep.run("resume", "quick", "--address", str(second.address))
         assert code == 0, said
     finally:
         second.shutdown()
