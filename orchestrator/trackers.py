@@ -109,7 +109,7 @@ class Trackers(tune.Callback):
 
 
 def shard_run(sweep: str, trial: Any, run_id: str) -> ShardRun:
-    """The shard that a trial is at, as a tracker sees it: named after the shard, its cell as configuration, its id its own."""
+    """The shard that a trial is at, as a tracker sees it: named after the shard, with its cell as configuration."""
     shard = Shard.from_dict(trial.config["shard"])
     cell = shard.tasks[0].cell
     config = {
