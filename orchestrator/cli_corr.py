@@ -110,15 +110,20 @@ def corr(
         table, claims = correlations(opened, sweep, x, y, where, show=show, resamples=times, every=intervals == "all")
         say_left_out(claims)
     emit_correlations(table, form, output)
-    if form in FOR_PEOPLE and show in NOTES:
-        click.echo(NOTES[show], err=True)
-    if y.startswith("best_") and show in ("cells", "all"):
-        click.echo(BEST_NOTE, err=True)
+    say_notes(form, show, y)
 
 
 def emit_correlations(table: pa.Table, form: str, output: Path | None) -> None:
     """Print a table of `corr`; for people without the cells' ids, which make it too wide."""
     emit(table.drop_columns("cell_id") if form in FOR_PEOPLE else table, form, output)
+
+
+def say_notes(form: str, show: str = "cells", y: str = DEFAULT_Y) -> None:
+    """What a person needs to read the table."""
+    if form in FOR_PEOPLE and show in NOTES:
+        click.echo(NOTES[show], err=True)
+    if y.startswith("best_") and show in ("cells", "all"):
+        click.echo(BEST_NOTE, err=True)
 
 
 def correlations(
