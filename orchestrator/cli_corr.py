@@ -31,11 +31,11 @@ NOTES = {
     ),
     "picks": (
         "regret is by how much the best candidate is better than the picked one, which x calls the best; held out: the "
-        "best chosen on other seeds; counterexamples are pairs ordered wrongly by more than noise: noise alone makes 2.5 %"
+        "best chosen on other seeds; counterexamples: pairs ordered wrongly by more than noise, which alone makes 2.5 %"
     ),
     "power": (
         "detectable is the smallest |tau| found with a power of 80 %; so many more candidates, or seeds, would settle "
-        "the sign were this tau true: 0 where p is at most 0.05, - where none would, none can be had, or the noise is unknown"
+        "the sign were this tau true: 0 where p is at most 0.05, - where none would or can, or the noise is unknown"
     ),
     "criteria": "strength is tau turned so that more is better; beats: by more than chance, by Holm over the pairs",
 }
