@@ -53,21 +53,24 @@ class FigureData:
 
     @cached_property
     def varying(self) -> list[str]:
-        """The axes of the grid that vary among the cells drawn."""
+        """The axes of the grid that span the cells drawn."""
         return words.varying(self.values)
 
     def name(self, cell_id: str) -> str:
         """What tells this cell from the others drawn; its whole title where they do not vary along a known axis."""
-        named = {i: words.words(line, self.varying) for i, line in self.values.items()}
+        return self._names[cell_id]
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        axes = words.telling(self.values)
+        named = {cell_id: words.words(line, axes) for cell_id, line in self.values.items()}
         apart = len(set(named.values())) == len(named)
-        return named[cell_id] if self.varying and apart else self.titles[cell_id]
+        return named if axes and apart else self.titles
 
     @cached_property
     def common(self) -> str:
         """What all cells drawn have in common: model, data set and the like; empty where titles say it."""
-        line = next(iter(self.values.values()), {})
-        axes = [a for a in ("model", "dataset", "layers", "ratio", "pruner", "propagation") if a not in self.varying]
-        return words.words(line, axes) if self.varying else ""
+        return words.common(self.values) if self.varying else ""
 
     @cached_property
     def every(self) -> list[Claim]:

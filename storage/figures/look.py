@@ -172,7 +172,7 @@ def log_axis(panel: Any, side: str = "x") -> None:
 def percent_axis(panel: Any, column: str, side: str = "y") -> None:
     """Percent where the column is a share."""
     if words.is_share(column):
-        (panel.xaxis if side == "x" else panel.yaxis).set_major_formatter(lambda at, _: f"{round(100 * at, 6):g}%")
+        (panel.xaxis if side == "x" else panel.yaxis).set_major_formatter(lambda at, _: f"{round(100 * at, 6):g} %")
 
 
 def common_limits(spans: Sequence[tuple[float, float]]) -> tuple[float, float] | None:

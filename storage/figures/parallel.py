@@ -105,4 +105,4 @@ def _ends(panel: Any, lines: np.ndarray, columns: list[str], width: float) -> No
 
 
 def _end(column: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if words.is_share(column) else f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+    return words.percent(value) if words.is_share(column) else f"{value:.3g}".replace("-", "\N{MINUS SIGN}")

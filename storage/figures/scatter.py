@@ -102,6 +102,7 @@ def _page(
         look.panel_title(panel, data.name(claim.cell_id), words.facts(claim), inches)
         if log:
             look.log_axis(panel)
+        look.percent_axis(panel, data.x, "x")
         look.percent_axis(panel, data.y)
         panel.locator_params(axis="y", nbins=6)
     tall_sheet = figure.get_figheight() > look.PAGE

@@ -268,7 +268,7 @@ def _forest_handles(found: Sequence[Claim], data: FigureData) -> list[Any]:
 
 
 def by_cell(data: FigureData) -> dict[str, list[Predictor]]:
-    """The bench by cell: all cells (where it has them) first, then in the order of the grid."""
+    """The bench by cell: that over cells (where there is one) first, then in the order of the grid."""
     groups: dict[str, list[Predictor]] = {i: [] for i in ("", *data.values)}
     for predictor in data.predictors:
         groups[predictor.cell_id].append(predictor)
@@ -309,7 +309,7 @@ def criteria(data: FigureData, width: float, height: float) -> list[Any]:
 
 def bench_name(data: FigureData, cell_id: str) -> str:
     """What a panel of the bench is called."""
-    return data.name(cell_id) if cell_id else "all cells"
+    return data.name(cell_id) if cell_id else next(p.cell for p in data.predictors if not p.cell_id)
 
 
 def _bench(panel: Any, found: Sequence[Predictor], order: list[str]) -> None:
@@ -349,11 +349,11 @@ def _bench_handles(data: FigureData) -> list[Any]:
 
 
 def epochs_by_cell(data: FigureData) -> dict[str, list[EarlyEpoch]]:
-    """The epochs of each cell, ascending, in the order of the grid."""
+    """The epochs of each cell that has a tau at one, ascending, in the order of the grid."""
     groups: dict[str, list[EarlyEpoch]] = {i: [] for i in data.values}
     for epoch in sorted(data.early, key=lambda one: one.epoch):
         groups[epoch.cell_id].append(epoch)
-    return {cell_id: found for cell_id, found in groups.items() if found}
+    return {i: found for i, found in groups.items() if any(isfinite(e.tau) or isfinite(e.tau_x) for e in found)}
 
 
 def early(data: FigureData, width: float, height: float) -> list[Any]:

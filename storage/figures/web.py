@@ -97,7 +97,8 @@ def _scatter(data: FigureData) -> Any:
     figure.update_xaxes(title=words.short(data.x) + (" (log scale)" if log else ""), type="log" if log else "linear")
     if log:
         figure.update_xaxes(dtick="D2", minor={"showgrid": False})
-    figure.update_yaxes(title=words.short(data.y), tickformat=".1%" if words.is_share(data.y) else None)
+    figure.update_yaxes(title=words.short(data.y))
+    figure.update_xaxes(ticksuffix=_suffix(data.x)).update_yaxes(ticksuffix=_suffix(data.y))
     figure.update_layout(hovermode="closest", legend=_BELOW)
     _head(figure, data)
     return figure
@@ -112,7 +113,7 @@ def _together(data: FigureData, found: Clouds, gl: bool) -> Any:
         for trace in _points(data, claim.cell_id, cloud, gl):
             traces.append(trace.update(xaxis=f"x{end}", yaxis=f"y{end}", showlegend=trace.name not in named))
             named.add(trace.name)
-        shapes += _cross(cloud, end)
+        shapes += _cross(data, cloud, end)
     figure.add_traces(traces)
     figure.update_layout(shapes=shapes)
     return figure
@@ -129,7 +130,7 @@ def _chosen(data: FigureData, found: Clouds, gl: bool) -> Any:
             owner.append(at)
     facts = [html.escape(", ".join(words.facts(claim))) for claim, _ in found]
     changes = [
-        {"shapes": _cross(cloud, ""), "annotations": [_NOTE | {"text": text}]}
+        {"shapes": _cross(data, cloud, ""), "annotations": [_NOTE | {"text": text}]}
         for text, (_, cloud) in zip(facts, found, strict=True)
     ]
     _menu(figure, [data.name(claim.cell_id) for claim, _ in found], owner, changes)
@@ -164,8 +165,8 @@ def _points(data: FigureData, cell_id: str, cloud: scatter.Cloud, gl: bool) -> l
     )
     return [
         kind(
-            x=cloud.x[chosen],
-            y=cloud.y[chosen],
+            x=_scaled(data.x, cloud.x[chosen]),
+            y=_scaled(data.y, cloud.y[chosen]),
             mode="markers",
             marker=mark,
             name=name,
@@ -178,10 +179,19 @@ def _points(data: FigureData, cell_id: str, cloud: scatter.Cloud, gl: bool) -> l
     ]
 
 
-def _cross(cloud: scatter.Cloud, end: str) -> list[dict[str, Any]]:
+def _scaled(column: str, values: np.ndarray) -> np.ndarray:
+    """What stands along an axis: shares in percent."""
+    return 100 * values if words.is_share(column) else values
+
+
+def _suffix(column: str) -> str:
+    return " %" if words.is_share(column) else ""
+
+
+def _cross(data: FigureData, cloud: scatter.Cloud, end: str) -> list[dict[str, Any]]:
     """Dashed lines through the pick, over the whole panel whose axes end in `end`."""
     line = {"type": "line", "line": {"color": look.PICKED, "dash": "dash", "width": 1}, "layer": "below"}
-    x, y = float(cloud.x[cloud.picked]), float(cloud.y[cloud.picked])
+    x, y = float(_scaled(data.x, cloud.x)[cloud.picked]), float(_scaled(data.y, cloud.y)[cloud.picked])
     return [
         line | {"x0": x, "x1": x, "y0": 0, "y1": 1, "xref": f"x{end}", "yref": f"y{end} domain"},
         line | {"x0": 0, "x1": 1, "y0": y, "y1": y, "xref": f"x{end} domain", "yref": f"y{end}"},
@@ -191,10 +201,11 @@ def _cross(cloud: scatter.Cloud, end: str) -> list[dict[str, Any]]:
 def _hover(data: FigureData, cell_id: str, cloud: scatter.Cloud) -> list[str]:
     """Candidate number, x and y, the values of each seed, the removed filters."""
     removed = data.removed.get(cell_id, {})
-    write = (lambda v: f"{100 * v:.2f} %") if words.is_share(data.y) else (lambda v: f"{v:.4g}")
+    write = (lambda v: words.percent(v, 2)) if words.is_share(data.y) else (lambda v: f"{v:.4g}")
     made = []
     for i, candidate in enumerate(cloud.candidate.tolist()):
-        lines = [f"candidate {candidate}", f"{words.short(data.x)} {cloud.x[i]:.5g}"]
+        x = words.percent(cloud.x[i], 2) if words.is_share(data.x) else f"{cloud.x[i]:.5g}"
+        lines = [f"candidate {candidate}", f"{words.short(data.x)} {x}"]
         lines.append(f"{words.short(data.y)} {write(cloud.y[i])}")
         if cloud.seeds is not None and cloud.seeds.shape[1] > 1:
             lines.append("by seed: " + ", ".join(map(write, cloud.seeds[i].tolist())))
@@ -213,7 +224,11 @@ def _parcoords(data: FigureData) -> Any:
     for at, (cell, columns) in enumerate(found):
         values = parallel.complete(cell, columns)
         dimensions = [
-            {"label": words.short(name), "values": values[:, i], "tickformat": ".1%" if words.is_share(name) else ".3g"}
+            {
+                "label": words.short(name) + (", %" if words.is_share(name) else ""),
+                "values": _scaled(name, values[:, i]),
+            }
+            | {"tickformat": ".3g"}
             for i, name in enumerate(columns)
         ]
         line = {"color": values[:, -1], "colorscale": "Cividis", "showscale": False}

@@ -35,6 +35,9 @@ AXES = (
 )  # fmt: skip
 """The axes of a grid in the order in which a cell's words name them; `cell` where they are not known."""
 
+_NAMED = ("model", "dataset", "layers", "ratio", "pruner", "propagation")
+"""Those that say what was pruned how: a name of a cell has them even where another of its words would tell them."""
+
 
 def name(column: str) -> str:
     """What a column is called along an axis of a figure."""
@@ -85,13 +88,42 @@ def _values(cell: Cell, by_epochs: bool) -> dict[str, Value]:
 
 
 def varying(values: Mapping[str, Mapping[str, Value]]) -> list[str]:
-    """The axes with more than one value among these cells. `dense` counts only where model and data set do not
-    already tell the dense networks apart."""
+    """The axes that span these cells: those with more than one value, without those that another one determines, as
+    the pruner does how candidates are taken. The ratio always counts, for it is a number that a reader looks for."""
+    found = _more_than_one(values)
+    return [axis for axis in found if axis == "ratio" or not _told(axis, found, values)]
+
+
+def telling(values: Mapping[str, Mapping[str, Value]]) -> list[str]:
+    """The axes that a name of one of these cells takes."""
+    found, spanning = _more_than_one(values), varying(values)
+    return [axis for axis in found if axis in spanning or axis in _NAMED]
+
+
+def common(values: Mapping[str, Mapping[str, Value]]) -> str:
+    """What all of these cells have in common, in words."""
+    several = _more_than_one(values)
+    return words(next(iter(values.values()), {}), [axis for axis in _NAMED if axis not in several])
+
+
+def _more_than_one(values: Mapping[str, Mapping[str, Value]]) -> list[str]:
+    """The axes with more than one value. `dense` counts only where model and data set do not already tell the dense
+    networks apart."""
     found = [axis for axis in AXES if len({line[axis] for line in values.values() if axis in line}) > 1]
     pairs = {(line.get("model"), line.get("dataset")) for line in values.values()}
     if "dense" in found and len({line["dense"] for line in values.values()}) == len(pairs):
         found.remove("dense")
     return found
+
+
+def _told(axis: str, found: list[str], values: Mapping[str, Mapping[str, Value]]) -> bool:
+    """Whether the value along another axis tells this one's; of two that tell each other the first one stays."""
+    own = len({line[axis] for line in values.values()})
+    for other in found:
+        pairs, its = {(line[other], line[axis]) for line in values.values()}, {line[other] for line in values.values()}
+        if other != axis and len(pairs) == len(its) and (own < len(its) or found.index(other) < found.index(axis)):
+            return True
+    return False
 
 
 def said(axis: str, value: Value) -> str:
@@ -134,13 +166,16 @@ def with_interval(value: float, around: Interval, digits: int = 2) -> str:
 
 
 def p_value(p: float) -> str:
-    """`p = 0.012`, `p < 0.0001`."""
-    return "p n/a" if isnan(p) else "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+    """`p = 0.012`, `p < 0.0001`, `p ≤ 0.0001`."""
+    if isnan(p):
+        return "p n/a"
+    # 1 in 10,000 is the least that permutations can give: they say no more than that p is that small.
+    return "p < 0.0001" if p < 1e-4 else "p ≤ 0.0001" if p == 1e-4 else f"p = {p:.2g}"
 
 
-def percent(value: float) -> str:
-    """A share in percent with one digit."""
-    return "n/a" if isnan(value) else f"{100 * value:.1f} %"
+def percent(value: float, digits: int = 1) -> str:
+    """A share in percent."""
+    return "n/a" if isnan(value) else f"{100 * value:.{digits}f} %"
 
 
 def ceiling(claim: Claim) -> str:

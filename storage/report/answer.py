@@ -67,17 +67,18 @@ def _verdicts(claims: list[Claim], facts: Facts) -> Sentence:
 
 
 def _settled(claims: list[Claim]) -> Sentence:
-    known = [claim for claim in claims if not missing(claim.tau_interval.low)]
+    known = [claim for claim in claims if claim.settled is not None]
     settled = [claim for claim in known if claim.settled]
     limit = bound(claims[0].x, claims[0].y)
     if not known:
         return Sentence("No interval for τ can be had here: how certain it is cannot be said.", caution=True)
     if len(claims) == 1:
-        lies = "lies wholly on one side of" if settled else "reaches across"
-        so = "settled as far as candidates go" if settled else "not settled: other candidates could turn it"
-        text = f"The 95 % interval of τ, {interval(known[0].tau_interval, 2)}, {lies} {limit}: the verdict is {so}."
+        lies = "lies wholly" if settled else "does not lie wholly"
+        so = "it is settled as far as candidates go" if settled else "other candidates could turn it"
+        around = interval(known[0].tau_interval, 2)
+        text = f"The 95 % interval of τ, {around}, {lies} on the verdict's side of {limit}: {so}."
         return Sentence(text, caution=not settled)
-    text = f"The 95 % interval of τ lies wholly on one side of {limit} in {len(settled)} of {len(claims)}"
+    text = f"The 95 % interval of τ lies wholly on the verdict's side of {limit} in {len(settled)} of {len(claims)}"
     turned, without = len(known) - len(settled), len(claims) - len(known)
     if not turned and not without:
         return Sentence(f"{text}: as far as candidates go, every verdict is settled.")
@@ -158,13 +159,15 @@ def _leader(facts: Facts) -> list[Sentence]:
     first, second, *_ = ranked
     pair = {first.name, second.name}
     here = [d for d in bench.differences if d.cell_id == first.cell_id and {d.better, d.worse} == pair]
-    where = "over all cells" if not first.cell_id else "here"
+    where = "here" if first.cell_id else f"over {first.cell}"
     text = f"Of {len(ranked)} predictors {named(first.name)} orders the candidates best {where}"
     lead = f"its lead over {named(second.name)} is {fixed(first.strength - second.strength, 2)}"
     if not here:
         return [Sentence(f"{text}; {lead}.")]
+    if missing(here[0].p_holm):
+        return [Sentence(f"{text}; {lead}, of which no test can be had.", caution=True)]
     real = here[0].p_holm <= 0.05
-    proof = f"more than chance (p = {p_value(here[0].p_holm)} by Holm)"
+    proof = f"more than chance ({p_is(here[0].p_holm)} by Holm)"
     return [Sentence(f"{text}; {lead}, {proof if real else f'not shown to be {proof}'}.", caution=not real)]
 
 
@@ -198,7 +201,7 @@ def _tau(claim: Claim) -> Sentence:
     holm = f" ({p_value(claim.p_holm)} by Holm)" if not missing(claim.p_holm) and claim.p_holm != claim.p else ""
     numbers = f"τ = {fixed(claim.tau)} {around}".rstrip()
     over = f"over {some(claim.n, 'candidate')} and {some(claim.seeds, 'seed')}"
-    sure = "" if not around else ", and settled" if claim.settled else ", not settled"
+    sure = "" if claim.settled is None else ", and settled" if claim.settled else ", not settled"
     return Sentence(f"{numbers}, {p_is(claim.p)}{holm}, {over}: {claim.verdict} by the paper's rule{sure}.")
 
 
@@ -232,7 +235,8 @@ def _needed(claim: Claim) -> list[Sentence]:
     text = f"The smallest |τ| that so many candidates find four times out of five is {fixed(power.detectable, 2)}"
     if missing(power.more_candidates) or power.more_candidates == 0:
         return [Sentence(f"{text}.")]
-    return [Sentence(f"{text}; were this τ the true one, {whole(power.more_candidates)} more would settle its sign.")]
+    more = f"{whole(power.more_candidates)} more, if the cell has so many, would settle its sign"
+    return [Sentence(f"{text}; were this τ the true one, {more}.")]
 
 
 # -- what is not said -------------------------------------------------------------------------------------

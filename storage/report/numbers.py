@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 
+from storage.statistics.p_values import PERMUTATIONS
 from storage.statistics.records import Interval
 
 NONE = "\N{EN DASH}"
@@ -26,13 +27,15 @@ def fixed(value: float | None, digits: int = 3) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """`0.031`, and as a power of ten below a thousandth."""
+    """`0.031`, and as a power of ten below a thousandth; of permutations the least says that p is that small."""
     if p is None or missing(p):
         return NONE
     if p >= 0.00095:
         return f"{p:#.2g}"
     if p == 0:
         return "< 10⁻³⁰⁰"
+    if p == 1 / (PERMUTATIONS + 1):
+        return "≤ 10⁻⁴"
     digits, power = f"{p:.1e}".split("e")
     return f"{digits}{TIMES}10{str(int(power)).translate(_POWERS)}"
 
@@ -40,7 +43,7 @@ def p_value(p: float | None) -> str:
 def p_is(p: float | None) -> str:
     """`p = 0.031`, for running text."""
     text = p_value(p)
-    return f"p {text}" if text.startswith("<") else f"p = {text}"
+    return f"p {text}" if text.startswith(("<", "≤")) else f"p = {text}"
 
 
 def share(value: float | None, digits: int = 1) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from storage.report import words
 from storage.report.numbers import NONE, fixed, interval, is_accuracy, missing, moment, p_value, seconds, share, whole
 from storage.report.records import Cost, Facts, Plan, Ran
+from storage.statistics import higher_is_better
 from storage.statistics.records import NO_INTERVAL, Claim, Difference, EarlyEpoch, Interval, Predictor
 
 
@@ -87,7 +88,7 @@ def _cell(labels: Mapping[str, str]) -> Callable[[Any], Field]:
     """The cell a record is of, linked to its section."""
 
     def field(record: Any) -> Field:
-        label = labels.get(record.cell_id) or "all cells"
+        label = labels.get(record.cell_id) or record.cell
         return Field(label, label, link=f"#cell-{record.cell_id}" if record.cell_id in labels else "")
 
     return field
@@ -122,8 +123,13 @@ def cells(facts: Facts, claims: list[Claim]) -> Table:
         *(_ADJUSTED if len(claims) > 1 else ()),
         (Head("verdict", "verdict", f"valid: {words.rule(facts.x, facts.y)}", number=False), _verdict),
         (
-            Head("settled", "settled", "whether the interval lies wholly on one side of the bound", number=False),
-            lambda c: Field(("yes" if c.settled else "no") if c.verdict and not missing(c.tau_interval.low) else NONE),
+            Head(
+                "settled",
+                "settled",
+                "whether the interval lies wholly on the verdict's side of the bound",
+                number=False,
+            ),
+            lambda c: Field(NONE if c.settled is None else "yes" if c.settled else "no"),
         ),
         *_beside(facts),
         (
@@ -182,9 +188,7 @@ def noise(facts: Facts, claims: list[Claim]) -> Table:
             lambda c: _number(c.noise.reliability_one, fixed(c.noise.reliability_one)),
         ),
         (
-            Head(
-                "noise_std", f"noise, {words.unit_of(facts.y)}", "standard deviation of a candidate's mean over seeds"
-            ),
+            Head("noise_std", words.in_unit("noise", facts.y), "standard deviation of a candidate's mean over seeds"),
             lambda c: _amount(c.noise.noise_std, facts.y),
         ),
         (
@@ -208,12 +212,14 @@ def noise(facts: Facts, claims: list[Claim]) -> Table:
 
 
 def picks(facts: Facts, claims: list[Claim]) -> Table:
-    """What picking the candidate of lowest x costs."""
-    unit = words.unit_of(facts.y)
+    """What picking a candidate by x costs."""
+    x = words.named(facts.x)
+    best_less = "the best candidate less the picked one"
+    picked_less = "the picked candidate less the best one"
     columns: list[Column] = [
         (CELL, _cell(labels_of(facts))),
         (
-            Head("picked", "picked", f"number of the candidate of {words.least(facts.x)} {words.named(facts.x)}"),
+            Head("picked", "picked", f"number of the candidate of {words.least(facts.x)} {x}"),
             lambda c: Field(NONE if c.picks.candidate is None else str(c.picks.candidate), c.picks.candidate),
         ),
         (
@@ -225,7 +231,11 @@ def picks(facts: Facts, claims: list[Claim]) -> Table:
             lambda c: _shares(c.picks.anomaly_ratio, c.picks.anomaly_interval),
         ),
         (
-            Head("regret", f"regret, {unit} [95 %]", "the best candidate less the picked one"),
+            Head(
+                "regret",
+                f"{words.in_unit('regret', facts.y)} [95 %]",
+                best_less if higher_is_better(facts.y) else picked_less,
+            ),
             lambda c: _amount(c.picks.regret, facts.y, c.picks.regret_interval),
         ),
         (
@@ -241,7 +251,7 @@ def picks(facts: Facts, claims: list[Claim]) -> Table:
             lambda c: _shares(c.picks.percentile),
         ),
         (
-            Head("top_overlap", "top overlap", "share of the best by loss that are among the best in the end"),
+            Head("top_overlap", "top overlap", f"share of the best by {x} that are among the best in the end"),
             lambda c: Field(share(c.picks.top_overlap), _or_none(c.picks.top_overlap), _chance(c)),
         ),
         (
@@ -251,9 +261,7 @@ def picks(facts: Facts, claims: list[Claim]) -> Table:
             lambda c: _shares(c.picks.counterexamples),
         ),
     ]
-    return _table(
-        "picks", f"What choosing the candidate of {words.least(facts.x)} {words.named(facts.x)} costs", columns, claims
-    )
+    return _table("picks", f"What choosing the candidate of {words.least(facts.x)} {x} costs", columns, claims)
 
 
 def _or_none(value: float) -> float | None:
@@ -265,6 +273,9 @@ def _chance(claim: Claim) -> str:
     return (
         f"of {top}; chance {share(top / claim.n)}" if top and claim.n and not missing(claim.picks.top_overlap) else ""
     )
+
+
+_ENOUGH = "0: p is at most 0.05 already; a dash: no number would"
 
 
 def power(facts: Facts, claims: list[Claim]) -> Table:
@@ -284,12 +295,17 @@ def power(facts: Facts, claims: list[Claim]) -> Table:
             Head(
                 "more_candidates",
                 "more candidates",
-                "that would settle the sign, were this tau the true one; 0: settled",
+                f"that would settle the sign, were this tau the true one; {_ENOUGH}, or the cell has all candidates. "
+                "How many combinations a cell has is not looked at",
             ),
             lambda c: _number(c.power.more_candidates, whole(c.power.more_candidates)),
         ),
         (
-            Head("more_seeds", "more seeds", "that would; a dash where no number would, or none can be had"),
+            Head(
+                "more_seeds",
+                "more seeds",
+                f"that would; {_ENOUGH}, or, with one seed, the noise is not known",
+            ),
             lambda c: _number(c.power.more_seeds, whole(c.power.more_seeds)),
         ),
     ]
@@ -340,7 +356,10 @@ def differences(facts: Facts, found: list[Difference]) -> Table:
         (Head("p_holm", "p, Holm", "adjusted within the cell"), lambda d: _number(d.p_holm, p_value(d.p_holm))),
         (
             Head("real", "real", "Holm-adjusted p at most 0.05", number=False),
-            lambda d: Field("yes" if d.p_holm <= 0.05 else "no", kind="valid" if d.p_holm <= 0.05 else ""),
+            lambda d: Field(
+                NONE if missing(d.p_holm) else "yes" if d.p_holm <= 0.05 else "no",
+                kind="valid" if d.p_holm <= 0.05 else "",
+            ),
         ),
     ]
     records: list[Difference] = sorted(found, key=lambda d: bool(d.cell_id))

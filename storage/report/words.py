@@ -70,13 +70,11 @@ def last_epochs(cells: Iterable[Cell]) -> str:
 def labels(cells: Sequence[Cell]) -> tuple[dict[str, str], str]:
     """cell id -> what tells it apart among these cells, in few words; and what all of them have in common."""
     values = axes.axis_values({cell.cell_id: cell for cell in cells})
-    varying = axes.varying(values)
-    found = {cell_id: axes.words(line, varying) for cell_id, line in values.items()}
-    shared = [a for a in ("model", "dataset", "layers", "ratio", "pruner", "propagation") if a not in varying]
-    common = axes.words(next(iter(values.values()), {}), shared)
-    if not varying or len(set(found.values())) < len(found):
+    telling = axes.telling(values)
+    found = {cell_id: axes.words(line, telling) for cell_id, line in values.items()}
+    if not telling or len(set(found.values())) < len(found):
         return {cell.cell_id: _full(cell, cells) for cell in cells}, ""
-    return found, common
+    return found, axes.common(values)
 
 
 def _full(cell: Cell, cells: Sequence[Cell]) -> str:
@@ -89,9 +87,9 @@ def grid_in_words(plan: Plan) -> str:
     """`6 cells: 3 choices of layers (conv1, conv2 and conv3) x 2 propagations (exact and released); 60 ...`."""
     cells = {one.cell.cell_id: one.cell for one in plan.cells}
     values = axes.axis_values(cells)
-    varying = axes.varying(values)
-    found = {axis: list(dict.fromkeys(line[axis] for line in values.values())) for axis in varying}
-    each = [_axis_in_words(axis, [str(value) for value in found[axis]]) for axis in varying]
+    telling = axes.telling(values)
+    found = {axis: list(dict.fromkeys(line[axis] for line in values.values())) for axis in telling}
+    each = [_axis_in_words(axis, [str(value) for value in found[axis]]) for axis in telling]
     whole_grid = prod(len(one) for one in found.values()) == len(cells)
     joined = (f" {TIMES} " if whole_grid else " and ").join(each)
     counts = span([one.candidates for one in plan.cells])
@@ -279,6 +277,6 @@ def _software(facts: Facts) -> str:
     return f"{', '.join(parts)}."
 
 
-def unit_of(y: str) -> str:
-    """The unit of differences in y, for a head of a table: percentage points, or nats."""
-    return "points" if is_accuracy(y) else "nats"
+def in_unit(name: str, y: str) -> str:
+    """A number's name with the unit of differences in y: percentage points, or nats."""
+    return f"{name}, {'points' if is_accuracy(y) else 'nats'}" if is_accuracy(y) or "loss" in y else name
