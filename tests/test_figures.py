@@ -10,7 +10,7 @@ import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import combinations
+from itertools import combinations, permutations
 from math import ceil, nan
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,21 @@ from matplotlib.transforms import Bbox
 from orchestrator import cli, cli_plot
 from storage.correlate import CellData, X, Y
 from storage.errors import QueryError
-from storage.figures import FILES, KINDS, WIDTHS, FigureData, draw, html, look, possible, save, svg, why_not, words
+from storage.figures import (
+    FILES,
+    KINDS,
+    WIDTHS,
+    FigureData,
+    draw,
+    files,
+    html,
+    look,
+    possible,
+    save,
+    svg,
+    why_not,
+    words,
+)
 from storage.figures.arranged import heatmap_axes, lines, tables
 from storage.figures.load import grid, removed_words
 from storage.figures.scatter import cloud
@@ -172,18 +186,66 @@ def test_the_heatmap_writes_tau_with_a_star_and_hatches_what_is_missing() -> Non
 
 def test_the_forest_has_a_line_for_each_cell_over_pages() -> None:
     """In the order of the grid, with n; a cell without a tau has its line too. Pages are no higher than asked."""
-    shape = cells(tuple(f"conv{i}" for i in range(30)), (0.2, 0.5))
+    shape = cells(tuple(f"conv{i}" for i in range(12)), (0.2, 0.5))
     data = made(shape, n=4)
     data = replace(data, claims=[replace(data.claims[0], tau=nan, n=0, verdict=""), *reversed(data.claims[1:])])
-    pages = draw("forest", data, height=5)
+    pages = draw("forest", data, height=2.5)
     named = [label.get_text() for page in pages for label in page.axes[0].get_yticklabels()]
-    assert named == [f"conv{i}, ratio {ratio}" for i in range(30) for ratio in (0.2, 0.5)]
-    assert len(pages) > 2 and all(page.get_figheight() <= 5.2 for page in pages)
+    assert named == [f"conv{i}, ratio {ratio}" for i in range(12) for ratio in (0.2, 0.5)]
+    assert len(pages) > 2 and all(page.get_figheight() <= 2.7 for page in pages)
     assert len(draw("forest", data)) == 1
 
 
+def pruners() -> list[Cell]:
+    """A grid in which the pruner determines how candidates are taken."""
+    sampled = [replace(cell, candidate_mode="sample", sampling_seed=0) for cell in cells(("conv1", "conv2"), (0.5,))]
+    chosen = [replace(c, pruner="l1", candidate_mode="all", sampling_seed=None) for c in sampled]
+    return [cell for pair in zip(sampled, chosen, strict=True) for cell in pair]
+
+
+def test_an_axis_that_another_one_determines_is_none() -> None:
+    """Neither in names, nor as panels of a heatmap; what all have in common is not said of it either."""
+    data = made(pruners(), n=4)
+    assert data.varying == ["layers", "pruner"]
+    assert [data.name(i) for i in data.values] == [f"{a}, {b}" for a in ("conv1", "conv2") for b in ("oracle", "l1")]
+    (table,) = tables(data)
+    assert len(table.planned) == 4 == len(table.rows) * len(table.columns)
+    ratio_by_layer = made([*cells(("conv1",), (0.2,)), *cells(("conv2",), (0.5,))], n=4)
+    assert ratio_by_layer.varying == ["layers", "ratio"] and "ratio" not in ratio_by_layer.common
+
+
+_axes = st.fixed_dictionaries(
+    {axis: st.integers(0, 2).map(str) for axis in ("model", "layers", "pruner", "candidates")}
+)
+
+
+@given(st.lists(_axes, min_size=1, max_size=6))
+@settings(max_examples=50)
+def test_axes_that_are_left_out_tell_nothing(found: list[dict[str, str]]) -> None:
+    """Two cells that differ at all differ along an axis that is kept, and no axis kept is a function of another one."""
+    values = {str(i): line for i, line in enumerate(found)}
+    for kept in (words.varying(values), words.telling(values)):
+        assert len({tuple(line[a] for a in kept) for line in found}) == len({tuple(sorted(x.items())) for x in found})
+    for one, other in permutations(words.varying(values), 2):
+        assert len({(line[one], line[other]) for line in found}) > len({line[one] for line in found})
+
+
+def test_shares_are_in_percent_in_one_style() -> None:
+    """Along either axis, at the ends of parallel coordinates and in colour bars: `88 %`."""
+    (cell,) = ONE.cells
+    share = np.linspace(0.81, 0.93, 20).tolist()
+    turned = replace(cell, columns={"pruned_test_accuracy": share, Y: cell.columns[Y]})
+    data = replace(ONE, x="pruned_test_accuracy", cells=[turned])
+    for kind in ("scatter", "parcoords"):
+        (figure,) = draw(kind, data)
+        figure.draw_without_rendering()
+        said = [text for text in texts(figure) if "%" in text]
+        assert any(text.startswith(("82 %", "81.0 %")) for text in said)
+        assert not [text for text in said if re.search(r"\d%", text)]
+
+
 def test_the_bench_and_early_epochs_show_all_records() -> None:
-    """One mark per predictor and cell, one point per epoch and line."""
+    """One mark per predictor and cell, one point per epoch and line; a cell without tau has no panel of epochs."""
     (bench,) = draw("criteria", SMALL)
     marks = [line for panel in bench.axes for line in panel.lines if line.get_marker() in ("o", "D")]
     assert len(marks) == len(SMALL.predictors)
@@ -191,6 +253,15 @@ def test_the_bench_and_early_epochs_show_all_records() -> None:
     curves = [line for panel in early.axes for line in panel.lines if len(line.get_xdata()) == 4]
     assert sum(panel.axison for panel in early.axes) == 4 and len(curves) == 2 * 4
     assert curves[0].get_ydata().tolist() == [one.tau for one in SMALL.early[:4]]
+    bare = [replace(one, tau=nan, tau_x=nan) for one in SMALL.early[:4]]
+    (fewer,) = draw("early", replace(SMALL, early=[*bare, *SMALL.early[4:]]))
+    assert sum(panel.axison for panel in fewer.axes) == 3
+
+
+def test_the_panel_over_cells_says_of_how_many_it_is() -> None:
+    """It is named as its records are."""
+    over = [replace(one, cell_id="", cell="3 of 4 cells") for one in SMALL.predictors[:2]]
+    assert "3 of 4 cells" in texts(draw("criteria", replace(SMALL, predictors=[*over, *SMALL.predictors]))[0])
 
 
 def test_parcoords_have_the_columns_that_vary() -> None:
@@ -275,6 +346,7 @@ def test_numbers_are_written_as_papers_do() -> None:
     assert [words.number(v) for v in (-0.276, -0.001, nan)] == [f"{MINUS}0.28", "0.00", "n/a"]
     assert words.with_interval(-0.1, Interval()) == f"{MINUS}0.10"
     assert [words.p_value(p) for p in (0.01234, 1e-9, nan)] == ["p = 0.012", "p < 0.0001", "p n/a"]
+    assert words.p_value(1 / 10_000) == "p ≤ 0.0001"
     assert removed_words([{"layer": "conv1", "units": [0, 3]}, {"layer": "c", "units": [*range(20)]}]) == (
         "conv1: 0, 3; c: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 ... (20)"
     )
@@ -285,11 +357,12 @@ def test_numbers_are_written_as_papers_do() -> None:
 
 def test_pdf_has_pages_with_embedded_fonts(tmp_path: Path) -> None:
     """TrueType, as publishers ask: none of Type 3, which they refuse. The same figure gives the same bytes."""
-    save("scatter", SMALL, tmp_path / "a.pdf", width=WIDTHS["one"])
+    three = replace(SMALL, claims=SMALL.claims[:3])
+    save("scatter", three, tmp_path / "a.pdf", width=WIDTHS["one"])
     content = (tmp_path / "a.pdf").read_bytes()
     assert b"/FontFile2" in content and b"/Type3" not in content
     per_page = int((look.PAGE - 0.55) / (0.72 * 3.5 + 0.55))
-    assert len(re.findall(rb"/Type /Page\b", content)) == ceil(4 / per_page) > 1
+    assert len(re.findall(rb"/Type /Page\b", content)) == ceil(3 / per_page) > 1
     for suffix in (".pdf", ".svg"):
         save("forest", ONE, tmp_path / f"b{suffix}")
         save("forest", ONE, tmp_path / f"c{suffix}")
@@ -354,14 +427,15 @@ def test_fifty_thousand_points_are_quick_and_small(tmp_path: Path) -> None:
     """Shown by density, with every one of them counted; a vector file stays small."""
     data = made(cells(("conv1",), (0.5,)), n=50_000, seeds=1)
     start = time.perf_counter()
-    save("scatter", data, tmp_path / "many.svg")
-    save("parcoords", data, tmp_path / "lines.svg")
-    assert time.perf_counter() - start < 20  # 2 s on an idle machine
+    (points,), (lines_,) = draw("scatter", data), draw("parcoords", data)
+    with look.style():
+        files.save([points], tmp_path / "many.svg")
+        files.save([lines_], tmp_path / "lines.svg")
+    assert time.perf_counter() - start < 20  # 1 s on an idle machine
     assert all(path.stat().st_size < 2_000_000 for path in tmp_path.iterdir())
-    (figure,) = draw("scatter", data)
-    hexagons = [c for c in figure.axes[0].collections if c.get_array() is not None]
+    hexagons = [c for c in points.axes[0].collections if c.get_array() is not None]
     assert sum(int(c.get_array().sum()) for c in hexagons) == 50_000
-    assert any("3000 of them drawn" in text for text in texts(draw("parcoords", data)[0]))
+    assert any("3000 of them drawn" in text for text in texts(lines_))
 
 
 # -- what cannot be drawn ---------------------------------------------------------------------------------

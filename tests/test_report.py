@@ -11,8 +11,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from html.parser import HTMLParser
 from itertools import pairwise
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ from orchestrator.options import read_spec
 from orchestrator.study import open_study, study_names
 from storage.records import Cell, Row
 from storage.report import Commands, draw, gather, page
-from storage.report.numbers import TIMES, fixed, listed, p_value, seconds
-from storage.report.records import Facts, Failure, Figures, Part
+from storage.report.numbers import TIMES, fixed, listed, p_is, p_value, seconds
+from storage.report.records import Bench, Facts, Failure, Figures, Part
 from storage.store import Store
 from tests.rows import ORACLE, SHA_A, SHA_B, done, failed, plan, tasks
 
@@ -170,7 +172,9 @@ class Read(HTMLParser):
         return [str(found[name]) for _, found in self.tags if name in found]
 
 
+@cache
 def read(text: str) -> Read:
+    """A page taken apart, to be looked at only."""
     found = Read()
     found.feed(text)
     return found
@@ -187,6 +191,18 @@ def reported(sweep: str) -> str:
     """The words of a sweep's report."""
     assert run("report", sweep) == 0
     return read(Path(f"{sweep}.html").read_text(encoding="utf-8")).words
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> tuple[Facts, Figures]:
+    """The facts and figures of `one`."""
+    facts = gather(Store(folder / "results"), "one", X, Y, "0")
+    return facts, draw(facts)
+
+
+def words_of(facts: Facts, figures: Figures) -> str:
+    """The words of a report of these."""
+    return read(page(facts, figures, Commands("again", "resume", "report"))).words
 
 
 # -- its numbers ------------------------------------------------------------------------------------------
@@ -257,13 +273,46 @@ def test_the_answer_counts_cells(mini: str) -> None:
 # -- what it says where there is little -------------------------------------------------------------------
 
 
-def test_one_seed_is_said_to_settle_nothing_of_noise(folder: Path) -> None:
+def test_one_seed_is_said_to_settle_nothing_of_noise(made: tuple[Facts, Figures]) -> None:
     """With one seed the report says what cannot be said, and gives no ceiling."""
-    words = reported("one")
+    words = words_of(*made)
     assert "Every candidate was retrained with one seed only" in words
     assert "ceiling of |τ| is" not in words and "A perfect predictor would reach" not in words
     assert "the noise of retraining was not estimated" in words and "ICC" not in words.split("Methods, to paste")[1]
     assert "This sweep is not finished" not in words
+
+
+def test_a_lead_that_no_test_can_be_had_of_is_said_to_have_none(made: tuple[Facts, Figures]) -> None:
+    """No number is made up where p is not defined."""
+    facts, figures = made
+    bench = facts.criteria.value
+    assert bench and bench.differences
+    bare = Bench(bench.predictors, [replace(one, p=nan, p_holm=nan) for one in bench.differences])
+    words = words_of(replace(facts, criteria=Part(bare)), figures)
+    assert "of which no test can be had." in words and "by Holm)" not in words.split("What these numbers")[0]
+
+
+def test_words_go_by_x_and_y(made: tuple[Facts, Figures]) -> None:
+    """An accuracy is picked by its highest value, a loss by its lowest; regret has the sign of what is better."""
+    facts, figures = made
+    as_it_is, turned = words_of(facts, figures), replace(facts, x="pruned_test_accuracy", y="best_test_loss")
+    claims = [replace(one, x=turned.x, y=turned.y) for one in facts.claims.value or []]
+    words = words_of(replace(turned, claims=Part(claims)), figures)
+    assert "best by pruned train loss" in as_it_is and "the best candidate less the picked one" in as_it_is
+    assert "best by pruned test accuracy" in words and "the picked candidate less the best one" in words
+    assert "of lowest" not in words and "regret, nats" in words and "regret, points" in as_it_is
+
+
+def test_settled_goes_by_the_verdicts_side(made: tuple[Facts, Figures]) -> None:
+    """Yes, no, and nothing where it cannot be said."""
+    facts, figures = made
+    (claim,) = facts.claims.value or []
+    told = {
+        settled: words_of(replace(facts, claims=Part([replace(claim, settled=settled)])), figures)
+        for settled in (True, False, None)
+    }
+    assert "it is settled as far as candidates go" in told[True] and "other candidates could turn it" in told[False]
+    assert "No interval for τ can be had here" in told[None] and "settled as far" not in told[None]
 
 
 def test_a_sweep_with_nothing_done(folder: Path) -> None:
@@ -342,14 +391,7 @@ def test_nothing_is_loaded_from_anywhere(mini: str) -> None:
     assert str(policy).startswith("default-src 'none'")
 
 
-@pytest.fixture(scope="module")
-def made(folder: Path) -> tuple[Facts, Figures]:
-    """The facts and figures of `one`."""
-    facts = gather(Store(folder / "results"), "one", X, Y, "0")
-    return facts, draw(facts)
-
-
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(text=st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1) | st.just(EVIL))
 def test_any_text_is_shown_as_it_is(text: str, made: tuple[Facts, Figures]) -> None:
     """Names, errors, specs, paths and reasons change no tag of the page, and are read as they were written."""
@@ -366,7 +408,7 @@ def test_any_text_is_shown_as_it_is(text: str, made: tuple[Facts, Figures]) -> N
         )
         return read(page(altered, figures, Commands(one, one, one)))
 
-    plain, found = taken_apart("plain"), taken_apart(text)
+    plain, found = taken_apart("plain"), taken_apart(text)  # the plain one is read once
     assert [name for name, _ in found.tags] == [name for name, _ in plain.tags]
     whole = "".join(found.text)
     assert whole.count(text) >= "".join(plain.text).count("plain") - 1  # a word of it may be so by itself
@@ -429,8 +471,10 @@ def test_any_other_spec_is_written_out(made: tuple[Facts, Figures]) -> None:
 
 @given(st.floats(1e-290, 1))
 def test_a_p_value_is_shown_to_two_digits_at_least(p: float) -> None:
-    """What is written is the number, to the digits that are written."""
+    """What is written is the number, to the digits that are written; of 10,000 orders the least is a bound."""
     text = p_value(p)
+    assert (text == "≤ 10⁻⁴") == (p == 1 / 10_000)
+    text = text.replace("≤ ", f"1{TIMES}")
     plain = re.sub(
         TIMES + r"10(\S+)", lambda m: "e" + m[1].translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")), text
     )
@@ -444,6 +488,8 @@ def test_a_p_value_is_shown_to_two_digits_at_least(p: float) -> None:
         (fixed(-0.0001), "0.000"),
         (fixed(float("nan")), "\N{EN DASH}"),
         (p_value(1.0), "1.0"),
+        (p_is(1 / 10_000), "p ≤ 10⁻⁴"),
+        (p_is(0.031), "p = 0.031"),
         (seconds(12.34), "12.3 s"),
         (seconds(90_000), "90,000 s (25 h)"),
         (listed(["a", "b", "c"]), "a, b and c"),
@@ -508,6 +554,8 @@ return poor;
 """
 SIZES = """return [...document.querySelectorAll("svg")].filter((at) => at.checkVisibility())
   .map((at) => at.getBoundingClientRect()).map((b) => [b.width, b.height])"""
+CUT = """return [...document.querySelectorAll("#tables .scroll")].filter((at) => at.scrollWidth > at.clientWidth)
+  .map((at) => [at.querySelector("table").id, at.scrollWidth, at.clientWidth])"""
 WIDER = """const boxes = ".scroll, .drawing, pre";
 return [...document.body.querySelectorAll("*")].filter((at) => !at.closest(boxes) || at.matches(boxes))
   .filter((at) => at.checkVisibility() && at.getBoundingClientRect().right > innerWidth + 0.5)
@@ -531,7 +579,10 @@ def test_in_a_browser(mini: str, folder: Path) -> None:
             assert found.execute_script(WIDER) == []
             assert found.execute_script("return document.documentElement.scrollWidth") <= width
 
+        looks("light", 1200)
+        assert found.execute_script(CUT) == []
         looks("light", 1280)
+        assert found.execute_script(CUT) == []
         light = found.execute_script("return getComputedStyle(document.body).backgroundColor")
         _sorts(found.execute_script)
         _opens(found.execute_script)
