@@ -34,6 +34,7 @@ from orchestrator.placement import Placement, placement
 from orchestrator.sharing import Board, Claim, Sharing
 from orchestrator.together import TogetherTrainable, pulse_of
 from orchestrator.tracking import measured
+from orchestrator.wishes import Wishes
 from storage.machine import is_alive, machine
 from storage.records import Shard
 from storage.store import Store
@@ -155,6 +156,7 @@ class Room:
     sharing: Sharing
     at_most: float
     priority: float
+    wishes: Wishes
 
     def now(self, wanted: int) -> int:
         """So many, of `wanted` that it could run."""
@@ -203,6 +205,13 @@ class Turns(FIFOScheduler):
             return None
         return searcher.next(trial.trial_id, lambda shard: searcher.room.placement.of(shard) == trial.config["gpus"])
 
+    def wish(self) -> None:
+        """Show what this driver could use besides its share, once it has all of that at work."""
+        searcher = self.searcher
+        share, wanted = searcher.share(), searcher.queue.wanted(searcher.precision)
+        more = min(wanted, searcher.room.at_most) - share if len(self.since) >= share else 0
+        searcher.room.wishes.show(int(more), share)
+
     def ended(self, trial: Any, ending: Ending) -> None:
         """The shard that a trial was at has ended."""
         shard_id = self.searcher.shard_of.pop(trial.trial_id)
@@ -223,6 +232,7 @@ class Reporter(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.turns.account.shown.beat()
+        self.turns.wish()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -262,8 +272,9 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
     """
     placed = placement(options, account.queue.waiting)
     several = options.processes > 1
+    sharing = Sharing(ray.get_runtime_context().get_job_id(), Board(), capacity)
     room = Room(
-        placed, Sharing(ray.get_runtime_context().get_job_id(), Board(), capacity), _most(options), options.priority
+        placed, sharing, _most(options), options.priority, Wishes([placed.bundle(placed.gpus)] * options.processes)
     )
     common = {
         "store": store.absolute,
@@ -289,6 +300,7 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
                 _fit(trainable, searcher, Turns(account, searcher), _trackers(options, driver))
         finally:
             room.sharing.leave()
+            room.wishes.show(0, 0)
 
 
 def _most(options: Options) -> float:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from orchestrator.nodes import KEPT_FREE, Node, one_per_host, part_of_a_gpu, wrong
 from orchestrator.placement import Placement
+from orchestrator.wishes import NAME
 from storage.records import Cell, Dense, Recipe, Shard, Task
 from storage.store import Store
 from tests.conftest import TINY, Cluster, Prunesweep
@@ -241,6 +242,12 @@ def alive(address: str) -> int:
     return sum(node.state == 0 for node in GcsClient(address=address).get_all_node_info().values())
 
 
+def wishes(cluster: Any) -> int:
+    """How many shards drivers could run besides, as the cluster sees it."""
+    table = cluster.global_state.placement_group_table()
+    return sum(one["name"].startswith(NAME) and one["state"] == "PENDING" for one in table.values())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_node_that_comes_is_used(head: Any, tmp_path: Path) -> None:
@@ -249,6 +256,7 @@ def test_a_node_that_comes_is_used(head: Any, tmp_path: Path) -> None:
     driver = sweep.start("run", "quick.yaml", "--address", head.address)
     assert sweep.wait_for(lambda: len(committed(sweep.store)) >= 2, driver)
     assert len([note for note in sweep.notes().values() if note["task"]]) <= 1
+    wait_until(lambda: wishes(head) == 1)  # for as many again as there are: what an autoscaler would add
     added = {head.add_node(num_cpus=1).node_id for _ in range(2)}
     used = set[str]()
     while driver.poll() is None and not added <= used:
@@ -256,6 +264,7 @@ def test_a_node_that_comes_is_used(head: Any, tmp_path: Path) -> None:
         time.sleep(0.1)
     assert added <= used, sweep.said()
     assert driver.wait(300) == 0, sweep.said()
+    assert wishes(head) == 0
     assert_invariants(sweep.store, "quick", committed(sweep.store), sweep.reference())
 
 
