@@ -364,15 +364,15 @@ def test_pdf_has_pages_with_embedded_fonts(tmp_path: Path) -> None:
     per_page = int((look.PAGE - 0.55) / (0.72 * 3.5 + 0.55))
     assert len(re.findall(rb"/Type /Page\b", content)) == ceil(3 / per_page) > 1
     for suffix in (".pdf", ".svg"):
-        save("forest", ONE, tmp_path / f"b{suffix}")
-        save("forest", ONE, tmp_path / f"c{suffix}")
+        for name in "bc":
+            save("forest", ONE, tmp_path / f"{name}{suffix}")
         assert (tmp_path / f"b{suffix}").read_bytes() == (tmp_path / f"c{suffix}").read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inline_svg_stands_in_any_page(kind: str) -> None:
     """Ids are its own and refer to themselves, ink is the page's, nothing is fetched, no other element is styled."""
-    drawn = svg(kind, SMALL, prefix="one")
+    drawn = svg(kind, SMALL if kind in ("heatmap", "ratio-curve") else ONE, prefix="one")
     root = ET.fromstring(f"<div>{drawn}</div>")
     ids = [element.get("id") for element in root.iter() if element.get("id")]
     assert len(ids) == len(set(ids)) and all(str(i).startswith("one-") for i in ids)
@@ -515,8 +515,8 @@ def test_plot_draws_every_kind(
         out, err = capsys.readouterr()
         assert out == f"{kind}.svg\n" and "Try next" in err
         assert "<svg" in (store / f"{kind}.svg").read_text()
-    assert plot(store, "made", "--width", "one", monkeypatch=monkeypatch) == 0
-    assert (store / "made.png").read_bytes()[16:20] == (1050).to_bytes(4, "big")  # 3.5 inches at 300 dpi
+    assert plot(store, "bare", "--width", "one", monkeypatch=monkeypatch) == 0
+    assert (store / "bare.png").read_bytes()[16:20] == (1050).to_bytes(4, "big")  # 3.5 inches at 300 dpi
     assert plot(store, "made", "-o", "made.html", monkeypatch=monkeypatch) == 0
     assert "removed conv1: 3, 4" in (store / "made.html").read_text()
 

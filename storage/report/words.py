@@ -118,7 +118,7 @@ def recipe_in_words(recipe: Recipe) -> str:
     parts += [f"momentum {recipe.momentum:g}" + (" (Nesterov)" if recipe.nesterov else "")] if recipe.momentum else []
     parts += [f"weight decay {recipe.weight_decay:g}"] if recipe.weight_decay else []
     first, *later = recipe.lr
-    steps = "".join(f", {rate:g} after {done} epochs" for done, rate in later)
+    steps = "".join(f", {rate:g} after {some(done, 'epoch')}" for done, rate in later)
     schedule = "" if recipe.lr_schedule == "table" else f" ({recipe.lr_schedule} to {recipe.final_lr:g})"
     parts += [f"learning rate {first[1]:g}{steps}{schedule}"]
     more = {
