@@ -321,3 +321,14 @@ def test_inline_embedded_and_submitted_give_the_same_rows(
     assert len(found["inline"]) == 8
     assert_same(found["embedded"], found["inline"])
     assert_same(found["submitted"], found["inline"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_demonstration() -> None:
+    """`make cluster-demo`: a node is killed in mid-run, and the table has every candidate."""
+    module = [sys.executable, "-m", "tests.faults.cluster_demo"]
+    found = subprocess.run(module, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "killed a node that was at work" in found.stderr
+    assert re.search(r"lenet5_mini digits conv1 0.2 oracle +45 ", found.stdout), found.stdout
