@@ -68,6 +68,8 @@ def cell_data(
             measured = [name for name in dict.fromkeys(columns) if name in SCHEMA.names and name != "candidate"]
             each = ", ".join(["cell_id", "candidate", *measured])
             seeds = found.ask(_SEEDS.format(names=each, sweep=quoted(sweep)), expected)
+        except QueryError as error:
+            raise QueryError(f"--where: {error}") from error
         except duckdb.Error as error:
             _check_columns(found.con, columns)
             raise QueryError(f"--where: {error}" if where else str(error)) from error

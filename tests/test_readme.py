@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.timeout(900)
 def test_commands(tmp_path: Path, prunesweep: Prunesweep) -> None:
     """After a (shortened) demo, every command of the tour does what it says and exits 0."""
-    short = ["--set", "dense.epochs=1", "--set", "retrain.epochs=1", "--set", "candidates={mode: sample, count: 6}"]
+    short = ["--set", "dense.epochs=3", "--set", "retrain.epochs=1", "--set", "candidates={mode: sample, count: 6}"]
     assert prunesweep("run", "digits", "--inline", *short).returncode == 0
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     script = "set -euo pipefail\n" + "\n".join(blocks("bash"))
