@@ -1,4 +1,4 @@
-"""Run by test_runners: Tune places shards of half a GPU on two GPUs that are only pretended.
+"""Run by test_runners: shards are packed on two GPUs that are only pretended, two on each as 3 GiB hold.
 
 Prints the device each worker was given, sorted. Every worker waits until all four are there.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import ray
 import ray.cloudpickle
 
-from orchestrator import ray_runner
+from orchestrator import placement, ray_runner
 from orchestrator.account import Account
 from orchestrator.drivers import Driver
 from orchestrator.progress import Progress
@@ -52,12 +52,13 @@ def main() -> None:
     cell = Cell(Dense("lenet5_mini", "synthetic", recipe), (("conv1", 0.2),), "oracle", recipe)
     queue = Queue.of([Shard(f"s{i}", (Task(cell, i, 0),)) for i in range(4)], [], random.Random(0))
     ray_runner.Worker = Placed  # pyright: ignore[reportAttributeAccessIssue]
+    placement.gpu_memory = lambda: 3 << 30
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, logging_level=logging.ERROR)
     ray.cloudpickle.register_pickle_by_value(ray_runner)
     ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
     store = Store(str(HERE / "store"))
     with Driver(store, "pretended", None, dict) as driver:
-        ray_runner.run_on_ray(Account(store, queue, Progress(4)), store, Options(gpus=0.5), driver)
+        ray_runner.run_on_ray(Account(store, queue, Progress(4)), store, Options(gpus="auto"), driver)
     print(*sorted(path.read_text() for path in HERE.glob("placed-*")))
 
 

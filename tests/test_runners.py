@@ -95,7 +95,7 @@ def test_a_dense_model_that_fails_and_two_precisions(runner: Runner, tmp_path: P
 
 
 def test_pretended_gpus_are_shared_as_asked(tmp_path: Path) -> None:
-    """Half a GPU each: four workers run at once on two pretended GPUs, two on each, one device visible."""
+    """Packed by memory: four workers run at once on two pretended GPUs, two on each, one device visible."""
     import subprocess
 
     script = Path(__file__).with_name("pretended_gpus.py")
