@@ -131,7 +131,7 @@ def pearson_of(x: np.ndarray, y: np.ndarray) -> Statistic:
 
 
 def tau_difference(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> Interval:
-    """The percentile interval of tau-b of b less that of a: x and y of the same candidates, [n] each, resampled together."""
+    """The percentile interval of tau-b of b less that of a: x and y of the same candidates [n], resampled together."""
     n = len(a[0])
     if not FEWEST <= n <= MOST or any(np.ptp(side) == 0 for side in (*a, *b)):
         return NO_INTERVAL
