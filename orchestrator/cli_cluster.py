@@ -233,7 +233,7 @@ def _patiently(ask: Callable[[], Any]) -> Any:
     while True:
         try:
             return ask()
-        except requests.exceptions.ConnectionError as error:
+        except requests.exceptions.RequestException as error:
             if time.monotonic() > give_up:
                 raise ClusterError(f"the job server has not answered for {LOST_SECONDS:.0f} s") from error
             time.sleep(FOLLOW_SECONDS)

@@ -69,6 +69,7 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
     """Ray's job server at `address` (http://HOST:8265). Raises ClusterError."""
     check_job_server(address)
     from ray.exceptions import AuthenticationError
+    from requests.exceptions import RequestException
 
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -83,7 +84,7 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
         raise
     except AuthenticationError as error:
         raise ClusterError(refusal(f"the Ray job server at {address}")) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RequestException, RuntimeError, ValueError) as error:
         raise ClusterError(f"the Ray job server at {address} does not answer as asked: {first_line(error)}") from error
 
 

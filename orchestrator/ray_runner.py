@@ -51,6 +51,7 @@ STEP_SECONDS = 1.0
 _TUNE = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_RESULT_BUFFER_LENGTH": "1",  # a step after a shard's last would be the next shard's
     "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the searcher hands out no more than may run
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # of its own state: nothing is restored from it
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",

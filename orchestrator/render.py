@@ -125,10 +125,13 @@ def write_manifest(
         str(folder.absolute()) if folder else "",
     )
     put(render(rendering.kind, sweep).encode(), rendering.output)
+    if rendering.output and env:  # with the values of --env in it
+        rendering.output.chmod(0o600)
 
 
 def rendering_of(kind: str, image: str | None, output: Path | None, store: str, data_root: str) -> Rendering:
     """What the options ask for, places as they were typed. Raises UserError where one is missing or of another kind."""
+    output = output and output.absolute()  # --working-dir goes elsewhere before it is written
     if kind == "slurm":
         if image:
             raise UserError("--image is of --render rayjob and raycluster; a SLURM job runs what is installed here")

@@ -59,6 +59,18 @@ def dealt(capacity: Mapping[str, float], claims: Mapping[str, Claim]) -> dict[st
     return held
 
 
+def read_claim(shown: bytes | None) -> Claim | None:
+    """A claim as it was shown; None for one that is gone, or that another version shows in a form unknown here."""
+    try:
+        found = json.loads(shown or b"null")
+        claim = Claim(
+            {str(k): float(v) for k, v in found["shard"].items()}, int(found["wants"]), float(found["priority"])
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return claim if claim.shard and claim.priority > 0 else None
+
+
 class Sharing:
     """This driver's claim beside those of others, looked at again every LOOK_SECONDS. Until the first look, and where
     the cluster does not answer, it is as it was."""
@@ -130,8 +142,7 @@ class Board:
     def _claim(self, name: str) -> Claim | None:
         from ray.experimental import internal_kv as kv
 
-        shown = kv._internal_kv_get(f"{_PREFIX}{name}", namespace=_NAMESPACE)
-        return None if shown is None else Claim(**json.loads(shown))
+        return read_claim(kv._internal_kv_get(f"{_PREFIX}{name}", namespace=_NAMESPACE))
 
     def _dead(self) -> frozenset[str]:
         """Drivers, by the ids of their Ray jobs, that the cluster has seen end."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 NAME = "prunesweep-wish"
 
@@ -44,7 +44,7 @@ class Wishes:
             self._show(max(0, min(more, share, AT_ONCE)), now)
 
     def _show(self, wanted: int, now: float) -> None:
-        for one in [one for one in self._shown if one.wait(0)]:
+        for one in [one for one in self._shown if _is_placed(one)]:
             self._forget(one)
             self._granted = now
         wanted = wanted if now - self._granted >= AGAIN_SECONDS else 0
@@ -56,3 +56,8 @@ class Wishes:
     def _forget(self, one: PlacementGroup) -> None:
         self._shown.remove(one)
         remove_placement_group(one)
+
+
+def _is_placed(one: PlacementGroup) -> bool:
+    """Whether the cluster has given it its place. (`wait` with no time to wait often says no to one that has it.)"""
+    return placement_group_table(one).get("state") == "CREATED"

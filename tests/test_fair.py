@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.sharing import LOOK_SECONDS, TURN_SECONDS, Claim, Sharing, dealt
+from orchestrator.sharing import LOOK_SECONDS, TURN_SECONDS, Claim, Sharing, dealt, read_claim
 from storage.store import Store
 from tests.faults.quick import spec
 from tests.faults.runs import Sweep, quick
@@ -69,6 +70,15 @@ class Shown:
 
     def forget(self, name: str) -> None:
         self.claims.pop(name, None)
+
+
+def test_a_claim_of_another_version_stops_nobody() -> None:
+    """What is not understood is nobody's claim; what is there besides is left out."""
+    shown = {"shard": {"CPU": 2}, "wants": 3, "priority": 2.0}
+    assert read_claim(json.dumps(shown | {"later": 1}).encode()) == Claim({"CPU": 2.0}, 3, 2.0)
+    for one in (None, b"", b"{", b"[]", json.dumps(shown | {"shard": {}}).encode(), json.dumps({"wants": 3}).encode()):
+        assert read_claim(one) is None
+    assert read_claim(json.dumps(shown | {"priority": 0}).encode()) is None
 
 
 def test_a_driver_gives_way() -> None:
