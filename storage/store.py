@@ -59,6 +59,10 @@ class Store:
         self.location = os.fspath(location)
         if not self.location or self.location.endswith("://"):
             raise StoreError(f"{self.location!r} is no store location: give a folder, or a URI as s3://bucket/prefix")
+        if "@" in self.location.partition("://")[2].partition("/")[0]:  # it would be shown wherever the store is named
+            raise StoreError(
+                "a store's URI holds no credentials: they belong in the environment (AWS_ACCESS_KEY_ID, ...)"
+            )
         try:
             if "://" in self.location:
                 self.fs, root = pafs.FileSystem.from_uri(self.location)

@@ -445,3 +445,10 @@ def test_what_a_newer_version_wrote_is_not_merged(tmp_path: Path) -> None:
     assert "rows/s0-0.parquet" in store.row_file_names() and len(store.row_file_names()) == 2
     assert len(store.statuses()) == 3
     assert b"news" in store.read("rows/s0-0.parquet")
+
+
+def test_credentials_are_not_taken_from_a_uri() -> None:
+    """They would stand in job metadata, in notes and on the screen; the message does not repeat them."""
+    with pytest.raises(StoreError, match="AWS_ACCESS_KEY_ID") as refusal:
+        Store("s3://KEY:SECRET@bucket/prefix")
+    assert "SECRET" not in str(refusal.value)
