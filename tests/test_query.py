@@ -181,7 +181,7 @@ def test_a_query_stops_at_its_time(sql: str, store: Store, here: Path) -> None:
     """Wherever DuckDB is in it."""
     began = time.monotonic()
     with pytest.raises(QueryError, match=r"stopped after 0\.3 s"):
-        answer(store.location, sql, "csv", Limits(2**28, 0.3))
+        answer(store.location, sql, "csv", Limits(2**32, 0.3))
     assert time.monotonic() - began < 20
     assert list(tree(here)) == ["secret.csv"]
 
@@ -189,9 +189,10 @@ def test_a_query_stops_at_its_time(sql: str, store: Store, here: Path) -> None:
 @pytest.mark.parametrize("sql", HUGE)
 def test_a_query_stops_at_its_memory(sql: str, store: Store, here: Path) -> None:
     """Whether DuckDB counts that memory or not; nothing is written to a disk instead."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest child there ever was, in KiB
     with pytest.raises(QueryError, match=r"more than 128 MiB of memory|stopped after"):
         answer(store.location, sql, "csv", FEW)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20  # KiB
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(before, 2 * 2**20)
     assert list(tree(here)) == ["secret.csv"]
 
 
