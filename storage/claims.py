@@ -27,15 +27,13 @@ from storage.statistics.resampling import (
     FEWEST,
     MOST,
     RESAMPLES,
-    Statistic,
     interval,
-    jackknife_tau_interval,
     pearson_of,
     resampled,
     resampled_parts,
     seed_of,
     spearman_of,
-    tau_of,
+    tau_interval,
 )
 
 if TYPE_CHECKING:
@@ -98,7 +96,8 @@ def _claim(cell: CellData, asked: Question, found: Correlation) -> Claim:
     replicates = by_seed[keep] if by_seed is not None else None
     seed = seed_of(b)
     p, method = p_values.kendall_p(a, b, found.kendall_p)
-    tau_interval, others = _intervals(a, b, resamples, seed, asked.every_interval)
+    around = tau_interval(a, b, resamples)
+    others = _other_intervals(a, b, resamples if asked.every_interval else 0, seed)
     noise = noise_of(a, replicates, resamples, seed)
     sign = 1 if association.higher_is_better(y) else -1
     parts = resampled_parts(len(a), resamples, seed) if len(a) >= FEWEST else ()
@@ -118,7 +117,7 @@ def _claim(cell: CellData, asked: Question, found: Correlation) -> Claim:
         planned=cell.planned,
         seeds=cell.seeds,
         tau=found.kendall,
-        tau_interval=tau_interval,
+        tau_interval=around,
         p=p,
         p_method=method,
         p_holm=association.NAN,
@@ -130,7 +129,7 @@ def _claim(cell: CellData, asked: Question, found: Correlation) -> Claim:
         pearson_interval=others[1],
         pearson_p=p_values.product_p(a, b, found.pearson_p),
         verdict=said,
-        settled=settled(tau_interval, said, expected_sign(x, y)),
+        settled=settled(around, said, expected_sign(x, y)),
         picks=picks,
         noise=noise,
         power=power_of(found.n, found.kendall, p, noise, grows=cell.grows),
@@ -150,19 +149,13 @@ def _ranked(values: np.ndarray) -> np.ndarray:
     return rankdata(values)
 
 
-def _intervals(
-    x: np.ndarray, y: np.ndarray, resamples: int, seed: int, every: bool
-) -> tuple[Interval, tuple[Interval, Interval]]:
-    """Of tau, and of Spearman's rho and Pearson's r."""
-    n, none = len(x), (NO_INTERVAL, NO_INTERVAL)
-    if not resamples or n < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return NO_INTERVAL, none
-    if n > MOST:
-        return jackknife_tau_interval(x, y), none
+def _other_intervals(x: np.ndarray, y: np.ndarray, resamples: int, seed: int) -> tuple[Interval, Interval]:
+    """Of Spearman's rho and Pearson's r."""
+    n = len(x)
+    if not resamples or not FEWEST <= n <= MOST or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return NO_INTERVAL, NO_INTERVAL
     counts = resampled(n, resamples, seed)
-    others: list[Statistic] = [spearman_of(x, y), pearson_of(x, y)] if every else []
-    rest = [interval(statistic, n, counts) for statistic in others]
-    return interval(tau_of(x, y), n, counts), (rest[0], rest[1]) if rest else none
+    return interval(spearman_of(x, y), n, counts), interval(pearson_of(x, y), n, counts)
 
 
 def verdict(tau: float, p: float, sign: int) -> str:

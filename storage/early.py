@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from storage.correlate import CellData, cell_data
 from storage.sql import quoted, views
-from storage.statistics import kendalls
-from storage.statistics.records import NO_INTERVAL, EarlyEpoch, Interval
-from storage.statistics.resampling import MOST, RESAMPLES, interval, resampled, seed_of, tau_of
+from storage.statistics import kendalls, paired
+from storage.statistics.records import EarlyEpoch
+from storage.statistics.resampling import RESAMPLES, tau_interval
 
 if TYPE_CHECKING:
     from storage.rowfiles import Problem
@@ -75,16 +75,8 @@ def _epochs(cell: CellData, curves: np.ndarray, x: str, y: str, resamples: int) 
             epoch=epoch,
             n=int((np.isfinite(curve) & np.isfinite(b)).sum()),
             tau=taus[epoch],
-            tau_interval=_interval(curve, b, resamples),
+            tau_interval=tau_interval(*paired(curve, b)[:2], resamples),
             tau_x=of_x[epoch],
         )
         for epoch, curve in enumerate(curves.T)
     ]
-
-
-def _interval(curve: np.ndarray, y: np.ndarray, resamples: int) -> Interval:
-    keep = np.isfinite(curve) & np.isfinite(y)
-    a, b, n = curve[keep], y[keep], int(keep.sum())
-    if not resamples or not 1 < n <= MOST or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return NO_INTERVAL
-    return interval(tau_of(a, b), n, resampled(n, resamples, seed_of(b)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orchestrator.cli_corr import OF_CLAIMS
 from storage import claims as module
 from storage.claims import claims, expected_sign, settled, verdict
 from storage.correlate import CellData, X, Y
@@ -274,3 +275,8 @@ def test_claims_are_frozen_and_plain() -> None:
     (found,) = claims([_cell()], X, Y, resamples=100)
     (kept,) = claims([_cell()], X, Y, resamples=100)
     assert isinstance(kept, Claim) and repr(kept) == repr(found)
+
+
+def test_corr_offers_the_tables_there_are() -> None:
+    """The command names them without importing what makes them."""
+    assert (*SHOWN, "all") == OF_CLAIMS

@@ -183,14 +183,18 @@ def jackknife_tau_interval(x: np.ndarray, y: np.ndarray) -> Interval:
     return Interval(float(low), float(high))
 
 
+def tau_interval(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES) -> Interval:
+    """The interval of Kendall's tau-b of x and y, both [n] and finite: BCa over `resamples`, of many candidates
+    `jackknife_tau_interval`; none without resamples, of too few candidates, or where a side is constant."""
+    n = len(x)
+    if not resamples or n < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return NO_INTERVAL
+    if n > MOST:
+        return jackknife_tau_interval(x, y)
+    return interval(tau_of(x, y), n, resampled(n, resamples, seed_of(y)))
+
+
 def kendall_ci(x: Values, y: Values) -> tuple[float, float]:
-    """The 95 % interval of Kendall's tau-b, by BCa over candidates: (low, high), NaN where there is none."""
-    a, b, _ = paired(x, y)
-    if len(a) < FEWEST or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return NAN, NAN
-    found = (
-        jackknife_tau_interval(a, b)
-        if len(a) > MOST
-        else interval(tau_of(a, b), len(a), resampled(len(a), RESAMPLES, seed_of(b)))
-    )
+    """The same of the pairs that are there: (low, high), NaN where there is none."""
+    found = tau_interval(*paired(x, y)[:2])
     return found.low, found.high
