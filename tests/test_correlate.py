@@ -75,7 +75,7 @@ def test_the_table_is_the_statistics_of_the_cells(y: str, higher: bool, store: S
         expected = statistics.correlation(a, b)
         assert (line["cell"], line["n"]) == (str(cell), SIZES[cell])
         assert (line["tau"], line["p"]) == pytest.approx((expected.kendall, expected.kendall_p))
-        assert line["spearman"], line["pearson"] == pytest.approx((expected.spearman, expected.pearson))
+        assert (line["spearman"], line["pearson"]) == pytest.approx((expected.spearman, expected.pearson))
         assert line["anomaly_ratio"] == statistics.anomaly_ratio(a, b, higher=higher)
 
 
