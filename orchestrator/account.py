@@ -20,7 +20,8 @@ _WORTH_SAYING = {
     End.STORE: "the store failed",
     End.TIME: "a task took longer than its limit",
     End.DIED: "a worker's process died",
-    End.PREEMPTED: "a node was preempted",
+    End.NODE_LOST: "a node was lost",
+    End.PREEMPTED: "a node has gone",
     End.NOT_STARTED: "a worker did not start",
 }
 

@@ -337,9 +337,10 @@ def _stop_job(sweep: str, address: str, drain: bool) -> None:
         name = str(job.submission_id)
         if job.status.is_terminal():
             raise UserError(f"{name} is not running: {job.status.value.lower()}")
-        if not drain and not _hurried(str((job.metadata or {}).get(STORE)), sweep_of(job) or sweep):
-            click.echo("no driver of it is seen in its store from here: it ends as with --drain", err=True)
         client.stop_job(name)
+        # Afterwards: its workers take the note for the wish to stop, and the driver is to know of it first.
+        if not drain and not _hurried(str((job.metadata or {}).get(STORE)), name):
+            click.echo("its driver is not seen in the store from here: it ends as with --drain", err=True)
         while not (status := client.get_job_status(name)).is_terminal():
             time.sleep(0.2)
         click.echo(
@@ -349,12 +350,12 @@ def _stop_job(sweep: str, address: str, drain: bool) -> None:
         )
 
 
-def _hurried(location: str, sweep: str) -> bool:
-    """Note in the store that its drivers are not to wait for their workers; whether one is seen there."""
+def _hurried(location: str, job: str) -> bool:
+    """Note in the store that a job's driver is not to wait for its workers; whether it is seen there."""
     from orchestrator.drivers import hurry
 
     try:
         store: Store = existing_store(location)
-        return hurry(store, sweep)
+        return hurry(store, job)
     except StoreError:
         return False

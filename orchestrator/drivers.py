@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -27,6 +28,8 @@ LOOK_SECONDS = 2.0
 FROZEN_SECONDS = 120.0
 """A worker at a shard whose note has not changed for this long is ended, and its shard given away."""
 
+_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
 
 class Driver:
     """This process as the driver of a sweep, while `with` lasts.
@@ -43,7 +46,7 @@ class Driver:
         asked: Mapping[str, Any] | None = None,
     ) -> None:
         self._store, self.sweep = store, sweep
-        self._about: dict[str, Any] = {"sweep": sweep, "address": address, **(asked or {})}
+        self._about: dict[str, Any] = {"sweep": sweep, "address": address, "job": submitted_as(), **(asked or {})}
         self.sign = Sign(store, "drivers", lambda: {**self._about, **counts_of()}, self._look, LOOK_SECONDS)
         self.id = self.sign.id
         self.stop = threading.Event()
@@ -120,10 +123,20 @@ def drivers(store: Store, sweep: str) -> list[dict[str, Any]]:
     return [note for note in living(store, "drivers").values() if note.get("sweep") == sweep]
 
 
-def hurry(store: Store, sweep: str) -> bool:
-    """Note that the drivers of a sweep, when they are asked to stop, are not to wait; whether there are any."""
+def submitted_as() -> str | None:
+    """The submission id of the Ray job that this process is, as Ray tells it; None for any other process."""
+    try:
+        told = json.loads(os.environ.get(_OF_RAY, "{}"))
+        name = told["metadata"]["job_submission_id"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return str(name)
+
+
+def hurry(store: Store, job: str) -> bool:
+    """Note that the driver that is the Ray job `job`, which is asked to stop, is not to wait; whether it is there."""
     notes = living(store, "drivers")
-    mine = [name.removeprefix("drivers/") for name, note in notes.items() if note.get("sweep") == sweep]
+    mine = [name.removeprefix("drivers/") for name, note in notes.items() if note.get("job") == job]
     for driver in mine:
         store.scratch.renew(stop_note(driver), {"now": True})
     return bool(mine)

@@ -23,9 +23,14 @@ class End(StrEnum):
     ERROR = "error"
     TIME = "time"
     DIED = "died"
+    NODE_LOST = "node lost"
     PREEMPTED = "preempted"
     NOT_STARTED = "not started"
     GAVE_WAY = "gave way"
+
+
+SPENT = frozenset({End.STOPPED, End.STORE, End.NOT_STARTED, End.GAVE_WAY})
+"""After these a worker is given nothing more: what is tried again is tried in a new process, or later."""
 
 
 class Unfit(Exception):
@@ -63,14 +68,26 @@ def told(error: Exception) -> Ending:
             return Ending(End.ERROR, f"{type(error).__name__}: {error}")
 
 
-def seen(note: dict[str, object] | None, reason: str, *, preempted: bool = False, memory: bool = False) -> Ending:
-    """The ending of a shard whose process is gone: `note` is the last it showed, None if it never began."""
-    if preempted:
+def seen(
+    note: dict[str, object] | None,
+    reason: str,
+    *,
+    preempted: bool = False,
+    node_lost: bool = False,
+    memory: bool = False,
+) -> Ending:
+    """The ending of a shard whose process is gone: `note` is the last it showed, None if it never began.
+
+    A node that went while workers started on it tells nothing of them, nor of the shard: as one that was pre-empted.
+    """
+    if preempted or (node_lost and note is None):
         return Ending(End.PREEMPTED, reason)
     if note is None:
         return Ending(End.NOT_STARTED, reason)
     task = note.get("task")
     at = task if isinstance(task, str) else None
+    if node_lost:
+        return Ending(End.NODE_LOST, reason, at)
     if note.get("verdict") == TIME:
         return Ending(End.TIME, reason, at)
     if memory or note.get("verdict") == MEMORY:

@@ -18,6 +18,9 @@ from workers.worker import OUT_OF_MEMORY, PAUSE_AFTER
 SHARD_DEATHS = 1
 """So often a shard whose process died is run again whole; then its tasks run one by one."""
 
+NODE_LOSSES = 3
+"""So often a shard whose node was lost is run again whole; from then on it is as if its process had died."""
+
 ALONE_TRIES = 2
 """So often a task that takes its process down is run alone; then it has failed."""
 
@@ -47,6 +50,7 @@ class Queue:
     problems: list[str] = field(default_factory=list)
     store_problem: str | None = None
     _deaths: Counter[str] = field(default_factory=Counter)
+    _losses: Counter[str] = field(default_factory=Counter)
     _failed: defaultdict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
     _paused: set[str] = field(default_factory=set)
     _in_a_row: Counter[End] = field(default_factory=Counter)
@@ -144,6 +148,7 @@ class Queue:
             End.ERROR: self._error,
             End.TIME: self._out_of_time,
             End.DIED: self._died,
+            End.NODE_LOST: self._node_lost,
             End.PREEMPTED: self._again,
             End.GAVE_WAY: self._again,
         }
@@ -235,6 +240,12 @@ class Queue:
             return [Burial(shard.filed_under, shard.tasks[0], PROCESS_DIED, why)]
         self._set_apart(shard, shard.tasks)
         return []
+
+    def _node_lost(self, shard: Shard, ending: Ending) -> list[Burial]:
+        """Nodes come and go; one that goes each time with the same shard may go because of it."""
+        self._losses[shard.filed_under] += 1
+        lost_too_often = self._losses[shard.filed_under] > NODE_LOSSES
+        return self._died(shard, ending) if lost_too_often else self._again(shard, ending)
 
     def _set_apart(self, shard: Shard, tasks: Iterable[Task]) -> None:
         """`tasks` of a shard one by one, then the rest of it."""

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.account import Account, Failure, failure
 from orchestrator.cluster import environment
-from orchestrator.endings import End, Ending, seen, told
+from orchestrator.endings import SPENT, End, Ending, seen, told
 from orchestrator.nodes import capacity, fit_to_run
 from orchestrator.placement import Placement, placement
 from orchestrator.sharing import Board, Claim, Sharing
@@ -90,6 +90,8 @@ class ShardTrainable(tune.Trainable):
                     break
         except Exception as error:
             ending = told(error)
+        if ending is not None:
+            del self.rows  # a step before the next shard is here would find this one ended well
         return {
             "tasks_done": done,
             "failures": failures,
@@ -190,8 +192,9 @@ class Turns(FIFOScheduler):
         leaves = searcher.room.sharing.gives_way(len(self.since), since)
         if told is None and not leaves:
             return TrialScheduler.CONTINUE
-        self.ended(trial, Ending(End.GAVE_WAY) if told is None else Ending(End(told[0]), *told[1:]))
-        shard = None if leaves else self._next(trial)
+        ending = Ending(End.GAVE_WAY) if told is None else Ending(End(told[0]), *told[1:])
+        self.ended(trial, ending)
+        shard = None if leaves or ending.kind in SPENT else self._next(trial)
         if shard is None:
             self.since.pop(name)
             return TrialScheduler.STOP
@@ -218,6 +221,8 @@ class Turns(FIFOScheduler):
         shard_id = self.searcher.shard_of.pop(trial.trial_id)
         if ending.kind is End.ELSEWHERE:
             self.searcher.driver.leave(shard_id)
+        if ending.kind is End.STOPPED:  # by a note in the store, which this process may not have been told of
+            self.searcher.driver.stop.set()
         self.account.ended(shard_id, ending)
 
 
@@ -251,8 +256,8 @@ class Reporter(tune.Callback):
         # Ray goes on with what may have been the cause.
         reason = last_line(str(error)).partition(" Some common causes")[0] or type(error).__name__
         preempted = isinstance(error, RayActorError) and error.preempted
-        memory = "running low on memory" in str(error)
-        self.turns.ended(trial, seen(note, reason, preempted=preempted, memory=memory))
+        lost, memory = "node has died" in str(error), "running low on memory" in str(error)
+        self.turns.ended(trial, seen(note, reason, preempted=preempted, node_lost=lost, memory=memory))
 
 
 def _error_of(trial: Any) -> Exception | None:

@@ -59,6 +59,22 @@ def dealt(capacity: Mapping[str, float], claims: Mapping[str, Claim]) -> dict[st
     return held
 
 
+def in_need(name: str, capacity: Mapping[str, float], claims: Mapping[str, Claim], held: Mapping[str, int]) -> bool:
+    """Whether there are more drivers than places, and the place of driver `name` would help: it is for turns.
+
+    A claim that would not fit even then, as for GPUs of nodes that are not there yet, is helped by nobody's leaving.
+    """
+
+    def free_with_mine(resource: str) -> float:
+        others = sum(held[other] * one.shard.get(resource, 0) for other, one in claims.items() if other != name)
+        return capacity.get(resource, 0) - others
+
+    starved = [other for other, one in claims.items() if one.wants > 0 and not held[other]]
+    return name in starved or any(
+        all(free_with_mine(r) >= amount - 1e-6 for r, amount in claims[other].shard.items()) for other in starved
+    )
+
+
 def read_claim(shown: bytes | None) -> Claim | None:
     """A claim as it was shown; None for one that is gone, or that another version shows in a form unknown here."""
     try:
@@ -98,9 +114,10 @@ class Sharing:
 
     def _look(self, claim: Claim) -> None:
         claims = {**self._board.exchange(self._name, claim), self._name: claim}
-        held = dealt(self._capacity(), claims)
+        capacity = self._capacity()
+        held = dealt(capacity, claims)
         self._others = len(claims) > 1
-        self._crowd = any(not held[name] and one.wants for name, one in claims.items())
+        self._crowd = in_need(self._name, capacity, claims, held)
         # Where not everybody can have one, everybody tries: Ray gives a free place to who asked first.
         self._share = max(1, held[self._name])
 

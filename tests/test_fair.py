@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.sharing import LOOK_SECONDS, TURN_SECONDS, Claim, Sharing, dealt, read_claim
+from orchestrator.sharing import LOOK_SECONDS, TURN_SECONDS, Claim, Sharing, dealt, in_need, read_claim
 from storage.store import Store
 from tests.faults.quick import spec
 from tests.faults.runs import Sweep, quick
@@ -56,6 +56,20 @@ def test_shares_by_hand() -> None:
     assert dealt({"CPU": 4}, {"a": Claim(cpu, 9), "b": Claim(cpu, 9), "c": Claim(cpu, 9)}) == {"a": 2, "b": 1, "c": 1}
     assert dealt({"CPU": 9, "GPU": 1}, {"a": Claim({"CPU": 1, "GPU": 0.5}, 9), "b": Claim(cpu, 99)}) == {"a": 2, "b": 7}
     assert dealt({"CPU": 1}, {"a": Claim(cpu, 9), "b": Claim(cpu, 9)}) == {"a": 1, "b": 0}
+
+
+def test_turns_are_taken_where_they_help() -> None:
+    """A place is given up for a claim that would fit into it, not for one that nothing here can satisfy."""
+    cpu, gpu = Claim({"CPU": 1}, 9), Claim({"CPU": 1, "GPU": 1}, 9)
+
+    def needed(capacity: dict[str, float], **claims: Claim) -> list[str]:
+        held = dealt(capacity, claims)
+        return [name for name in claims if in_need(name, capacity, claims, held)]
+
+    assert needed({"CPU": 2}, a=cpu, b=cpu) == []
+    assert needed({"CPU": 2}, a=cpu, b=cpu, c=cpu) == ["a", "b", "c"]
+    assert needed({"CPU": 2}, a=cpu, b=cpu, c=gpu) == ["c"]
+    assert needed({"CPU": 4, "GPU": 1}, a=gpu, b=gpu, c=cpu) == ["a", "b"]
 
 
 class Shown:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.account import Account
-from orchestrator.endings import End, Ending
+from orchestrator.endings import End, Ending, seen
 from orchestrator.progress import Progress
-from orchestrator.queue import ALONE_TRIES, IN_A_ROW, PROCESS_DIED, SHARD_DEATHS, TIMED_OUT, Burial, Queue
+from orchestrator.queue import ALONE_TRIES, IN_A_ROW, NODE_LOSSES, PROCESS_DIED, SHARD_DEATHS, TIMED_OUT, Burial, Queue
 from storage.errors import StoreError
 from storage.records import Cell, Dense, Shard, Task
 from storage.schema import table_to_rows
@@ -223,6 +223,22 @@ def test_memory_short_at_no_task_is_a_death() -> None:
     for _ in range(SHARD_DEATHS + 1):
         assert start(of) == whole
         assert end(of, whole, End.NO_MEMORY) == []
+    assert [one.tasks for one in of.waiting] == [(task,) for task in whole.tasks]
+
+
+def test_nodes_that_are_lost() -> None:
+    """A shard whose node is lost is run again whole, some times; then as if its process had died. Where it had not
+    begun, nothing is held against it, nor against the workers that started there."""
+    of = queue(whole := shard())
+    for _ in range(IN_A_ROW * 5):
+        ending = seen(None, "gone", node_lost=True)
+        assert of.ended(start(of).shard_id, ending) == [] and of.waiting == [whole] and of.problems == []
+    note: dict[str, object] = {"task": whole.tasks[0].task_id}
+    assert seen(note, "gone", node_lost=True, preempted=True).kind is End.PREEMPTED
+    assert seen(note, "gone", node_lost=True).kind is End.NODE_LOST
+    for _ in range(NODE_LOSSES + SHARD_DEATHS):
+        assert end(of, start(of), End.NODE_LOST) == [] and of.waiting == [whole]
+    assert end(of, start(of), End.NODE_LOST) == []
     assert [one.tasks for one in of.waiting] == [(task,) for task in whole.tasks]
 
 
@@ -477,6 +493,7 @@ class Pretended:
         default_factory=lambda: Counter(
             {
                 End.PREEMPTED: 20,
+                End.NODE_LOST: NODE_LOSSES,
                 End.ELSEWHERE: 20,
                 End.STORE: IN_A_ROW - 1,
                 End.NOT_STARTED: IN_A_ROW - 1,

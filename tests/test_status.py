@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.drivers import Driver
+from orchestrator.drivers import Driver, hurry
 from orchestrator.status import BY, DRIVER_SCHEMA, WINDOW_SECONDS, standing
 from storage.errors import QueryError
 from storage.machine import machine, process_started
@@ -24,7 +24,7 @@ from storage.signs import BEAT_SECONDS, STALE_SECONDS, living
 from storage.store import Store
 from tests.rows import DENSE, ORACLE, SAMPLED, done, failed, plan, tasks
 from tests.test_interrupt import in_process
-from workers.pulse import Limits, Pulse
+from workers.pulse import Limits, Pulse, stop_note
 
 ELSEWHERE = "00000000"
 """A machine that is not this one."""
@@ -252,6 +252,19 @@ def test_a_driver_sees_what_is_elsewhere(store: Store) -> None:
         note(store, "workers", driver=driver.id, shard="s2", task=None)
         with Driver(store, "mini", None, dict) as other:
             assert (driver.elsewhere, other.elsewhere) == ({"s0"}, {"s0", "s2"})
+
+
+def test_who_is_hurried(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stop --now` of a job is for the driver that is that job, not for others of the sweep in the same store."""
+    told = {"runtime_env": {}, "metadata": {"job_submission_id": "mini-1"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(told))
+    with Driver(store, "mini", None, dict) as mine:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "no JSON")
+        with Driver(store, "mini", None, dict) as other:
+            assert not hurry(store, "mini-2")
+            assert hurry(store, "mini-1")
+            assert store.scratch.noted(stop_note(mine.id)) == {"now": True}
+            assert store.scratch.noted(stop_note(other.id)) is None
 
 
 # -- pace ---------------------------------------------------------------------------------------------
