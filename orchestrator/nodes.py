@@ -24,7 +24,10 @@ from workers.datasets import DATASETS
 from workers.fetch import fetch
 
 PROBE_SECONDS = 90.0
-"""So long a node may take to answer: a process is started on it, and prunesweep imported."""
+"""So long all nodes may take to answer: a process is started on each, and prunesweep imported."""
+
+HERE_SECONDS = 1.0
+"""So long an answer that has been given may take to be brought here."""
 
 SHARED = "a path that all nodes share, or s3://BUCKET/PREFIX"
 
@@ -104,12 +107,19 @@ def at(node: Node) -> dict[str, Any]:
 def _ask(hosts: list[Node], task: Callable[[Node], Any], *arguments: Any) -> dict[str, Any]:
     """What each node answers, by its id: or the error."""
     asked = {node.node_id: task(node).remote(*arguments, node.node_id) for node in hosts}
-    return {node_id: _answer(reference) for node_id, reference in asked.items()}
+    return dict(zip(asked, _answers(list(asked.values())), strict=True))
+
+
+def _answers(asked: list[Any]) -> list[Any]:
+    """What each task answers, or the error. All together have PROBE_SECONDS; who is late is waited for no more."""
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=PROBE_SECONDS)
+    return [_answer(reference) for reference in asked]
 
 
 def _answer(reference: Any) -> Any:
     try:
-        return ray.get(reference, timeout=PROBE_SECONDS)
+        return ray.get(reference, timeout=HERE_SECONDS)
     except (RayError, GetTimeoutError) as error:
         return error
 
@@ -157,7 +167,7 @@ def gpu_memory() -> int | None:
     """The memory of the cluster's smallest GPU in bytes; None where that cannot be told, as while all are taken."""
     with_gpus = [node for node in nodes() if node.resources.get("GPU", 0) >= 1]
     tasks = [_memory.options(**at(node)).remote() for node in with_gpus]
-    sizes = [_answer(task) for task in tasks]
+    sizes = _answers(tasks)
     for task in tasks:
         ray.cancel(task, force=True)
     return min(sizes) if sizes and all(isinstance(size, int) and size > 0 for size in sizes) else None
