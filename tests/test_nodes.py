@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tests.faults.quick import spec
 from tests.faults.runs import quick, wait_until_gone
 from tests.sweeps import assert_invariants, assert_same, committed, rows
 from workers.datasets import DATASETS, Dataset
-from workers.fetch import Fetched, fetch
+from workers.fetch import LEFT_SECONDS, Fetched, fetch
 from workers.memory import CONTEXT_BYTES, FLOAT, LOOSE, WORKSPACE_BYTES, Load, Size, needed, network_size, shard_bytes
 
 GIB = 1 << 30
@@ -169,13 +170,23 @@ def test_a_node_downloads_once(tmp_path: Path) -> None:
 
 
 def test_a_download_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    """It is said why, and the next one tries again."""
+    """It is said why, and the next one tries again; what a killed one left is removed a day later."""
 
     def fails(dataset: Dataset, folder: Path) -> None:
         (folder / "part").write_text("half")
         raise OSError("no route to host")
 
-    assert fetch("mnist", tmp_path, fails).problem == "no route to host"
+    def damaged(dataset: Dataset, folder: Path) -> None:
+        (folder / "part").write_bytes(b"half")
+        zipfile.ZipFile(folder / "part")
+
+    killed = tmp_path / ".prunesweep-fetch-killed"
+    for then in (time.time(), time.time() - 2 * LEFT_SECONDS):
+        killed.mkdir(exist_ok=True)
+        os.utime(killed, (then, then))
+        assert fetch("mnist", tmp_path, fails).problem == "no route to host"
+        assert killed.exists() == (time.time() - then < LEFT_SECONDS)
+    assert fetch("mnist", tmp_path, damaged).problem == "File is not a zip file"
     assert [path.name for path in tmp_path.iterdir()] == [".prunesweep-fetch.lock"]
     assert fetch("digits", tmp_path, fails) == Fetched()
     assert "none" in (fetch("imagefolder:none", tmp_path, fails).problem or "")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import tarfile
 import tempfile
+import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +21,13 @@ if TYPE_CHECKING:
     from workers.datasets import Dataset
 
 LOCK = ".prunesweep-fetch.lock"
+
+LEFT_SECONDS = 86400.0
+"""A download's folder that is older was left by a process that was killed."""
+
+_PREFIX = ".prunesweep-fetch-"
+_DAMAGED = (EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+"""What unpacking raises for an archive that did not come whole, besides OSError and RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ def fetch(name: str, data_root: str | Path, download: Callable[[Dataset, Path], 
             if not dataset.missing(root):  # somebody was here meanwhile
                 return Fetched()
             _download(dataset, root, download or by_torchvision)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, *_DAMAGED) as error:
         said = str(error).strip().splitlines()
         return Fetched(problem=said[-1] if said else type(error).__name__)
     return Fetched(downloaded=True)
@@ -62,7 +73,10 @@ def by_torchvision(dataset: Dataset, folder: Path) -> None:
 
 
 def _download(dataset: Dataset, root: Path, download: Callable[[Dataset, Path], None]) -> None:
-    folder = Path(tempfile.mkdtemp(prefix=".prunesweep-fetch-", dir=root))
+    for left in root.glob(f"{_PREFIX}*"):
+        if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
     try:
         download(dataset, folder)
         for name in dataset.missing(root):
