@@ -31,10 +31,9 @@ from orchestrator.tracking import track_option
 from storage.errors import StoreError
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
     from orchestrator.jobs import Job
-    from storage.store import Store
 
 FOLLOW_SECONDS = 1.0
 LOST_SECONDS = 60.0
@@ -268,10 +267,10 @@ def logs(ctx: click.Context, sweep: str, follow: bool, address: str | None) -> N
     \b
     prunesweep logs digits -f --address http://head:8265
     """
-    from orchestrator.jobs import find_job, job_server
+    from orchestrator.jobs import find_jobs, job_server
 
     with job_server(_needed(address)) as client:
-        job = str(find_job(client, sweep).submission_id)
+        job = str(find_jobs(client, sweep)[0].submission_id)
         code = _follow(client, job) if follow else _show(client, job)
     ctx.exit(code)
 
@@ -291,7 +290,7 @@ def _show(client: JobSubmissionClient, job: str) -> int:
 @store_option
 @address_option
 def stop(sweep: str, drain: bool, store: str, address: str | None) -> None:
-    """Stop SWEEP: with --address the job on that cluster, without the run on this machine.
+    """Stop SWEEP: with --address its jobs on that cluster (or one, by its id), without the run on this machine.
 
     What is committed stays either way; `resume` goes on from there.
 
@@ -304,7 +303,7 @@ def stop(sweep: str, drain: bool, store: str, address: str | None) -> None:
     from storage.signs import is_here
 
     if address:
-        _stop_job(sweep, address, drain)
+        _stop_jobs(sweep, address, drain)
         return
     found = drivers(existing_store(store), sweep)
     alive = [driver for driver in found if is_here(driver)]
@@ -329,33 +328,43 @@ def _signal(pid: int, drain: bool) -> None:
         raise UserError(f"cannot stop process {pid}: {error.strerror}") from error
 
 
-def _stop_job(sweep: str, address: str, drain: bool) -> None:
-    from orchestrator.jobs import STORE, find_job, job_server, sweep_of
+def _stop_jobs(sweep: str, address: str, drain: bool) -> None:
+    from orchestrator.jobs import STORE, find_jobs, job_server, sweep_of
 
     with job_server(address) as client:
-        job = find_job(client, sweep)
-        name = str(job.submission_id)
-        if job.status.is_terminal():
-            raise UserError(f"{name} is not running: {job.status.value.lower()}")
-        client.stop_job(name)
-        # Afterwards: its workers take the note for the wish to stop, and the driver is to know of it first.
-        if not drain and not _hurried(str((job.metadata or {}).get(STORE)), name):
-            click.echo("its driver is not seen in the store from here: it ends as with --drain", err=True)
-        while not (status := client.get_job_status(name)).is_terminal():
-            time.sleep(0.2)
-        click.echo(
-            f"{name}: {status.value.lower()}; what is committed stays, `prunesweep resume {sweep_of(job) or sweep}` "
-            "goes on",
-            err=True,
-        )
+        found = find_jobs(client, sweep)
+        running = [job for job in found if not job.status.is_terminal()]
+        if not running:
+            raise UserError(f"{found[0].submission_id} is not running: {found[0].status.value.lower()}")
+        for job in running:
+            client.stop_job(str(job.submission_id))
+        if not drain:
+            for job in running:
+                _hurry(str(job.submission_id), str((job.metadata or {}).get(STORE)))
+        for job in running:
+            _await_end(client, job, sweep_of(job) or "SWEEP")
 
 
-def _hurried(location: str, job: str) -> bool:
-    """Note in the store that a job's driver is not to wait for its workers; whether it is seen there."""
+def _await_end(client: JobSubmissionClient, job: JobDetails, sweep: str) -> None:
+    """Until a job that was asked to stop has ended; say how."""
+    name = str(job.submission_id)
+    while not (status := client.get_job_status(name)).is_terminal():
+        time.sleep(0.2)
+    click.echo(
+        f"{name}: {status.value.lower()}; what is committed stays, `prunesweep resume {sweep}` goes on", err=True
+    )
+
+
+def _hurry(job: str, location: str) -> None:
+    """Note in the store that a job's driver is not to wait for its workers, or say that it is not seen there.
+
+    After it was asked to stop: workers take the note for that wish, and their driver is to know of it first.
+    """
     from orchestrator.drivers import hurry
 
     try:
-        store: Store = existing_store(location)
-        return hurry(store, job)
+        seen = hurry(existing_store(location), job)
     except StoreError:
-        return False
+        seen = False
+    if not seen:
+        click.echo(f"the driver of {job} is not seen in its store from here: it ends as with --drain", err=True)

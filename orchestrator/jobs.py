@@ -175,20 +175,11 @@ def excluded(job: Job) -> list[str]:
 
 def check_size(folder: Path, excludes: list[str]) -> None:
     """Raise UserError where a folder is more than Ray uploads."""
-    from ray._private.ray_constants import get_runtime_env_default_excludes
-    from ray._private.runtime_env import packaging
-
-    sizes: dict[str, int] = {}
-
-    def add(path: Path) -> None:
-        if path.is_file():
-            first = path.relative_to(root).parts[0]
-            sizes[first] = sizes.get(first, 0) + path.stat().st_size
-
-    root = folder.absolute()
-    left_out = [packaging._get_excludes(root, [*get_runtime_env_default_excludes(), *excludes])]
-    packaging._dir_travel(root, left_out, add, include_gitignore=True)
-    total, limit = sum(sizes.values()), packaging.GCS_STORAGE_MAX_SIZE
+    measured = _measured(folder, excludes)
+    if measured is None:
+        return
+    sizes, limit = measured
+    total = sum(sizes.values())
     if total >= limit:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         named = ", ".join(f"{name} ({sizes[name] / 2**20:.0f} MiB)" for name in largest)
@@ -197,6 +188,28 @@ def check_size(folder: Path, excludes: list[str]) -> None:
             f"largest: {named}. Name what the sweep's code does not need in {folder}/.gitignore or .rayignore; data "
             "and stores belong where every node sees them"
         )
+
+
+def _measured(folder: Path, excludes: list[str]) -> tuple[dict[str, int], int] | None:
+    """Bytes of what Ray would upload by its first name, and how many it takes; None with a Ray that counts otherwise,
+    which then refuses by itself and says less."""
+    sizes: dict[str, int] = {}
+    root = folder.absolute()
+
+    def add(path: Path) -> None:
+        if path.is_file():
+            first = path.relative_to(root).parts[0]
+            sizes[first] = sizes.get(first, 0) + path.stat().st_size
+
+    try:
+        from ray._private.ray_constants import get_runtime_env_default_excludes
+        from ray._private.runtime_env import packaging
+
+        left_out = [packaging._get_excludes(root, [*get_runtime_env_default_excludes(), *excludes])]
+        packaging._dir_travel(root, left_out, add, include_gitignore=True)
+        return sizes, packaging.GCS_STORAGE_MAX_SIZE
+    except (ImportError, AttributeError, TypeError):
+        return None
 
 
 def _submit(client: JobSubmissionClient, job: dict[str, Any]) -> str:
@@ -219,14 +232,14 @@ def finished(address: str, name: str) -> str:
         return client.get_job_logs(name)
 
 
-def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
-    """The job with this submission id, or the newest of this sweep. Raises UserError."""
+def find_jobs(client: JobSubmissionClient, name: str) -> list[JobDetails]:
+    """The job with this submission id, or those of this sweep, the newest first; UserError where there is none."""
     jobs = [job for job in client.list_jobs() if job.submission_id]
-    found = [j for j in jobs if name in (j.submission_id, sweep_of(j))]
+    found = [j for j in jobs if name == j.submission_id] or [j for j in jobs if name == sweep_of(j)]
     if not found:
         known = sorted({sweep_of(j) or j.submission_id or "" for j in jobs})
         raise UserError(f"no job or sweep {name} on this cluster; there are: {', '.join(known) or 'none'}")
-    return max(found, key=lambda j: j.start_time or 0)
+    return sorted(found, key=lambda j: -(j.start_time or 0))
 
 
 def sweep_of(job: JobDetails) -> str | None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from orchestrator.cli_cluster import _variable
 from orchestrator.errors import UserError
-from orchestrator.jobs import Job, check_size, entrypoint, excluded, find_job, job_server, ship
+from orchestrator.jobs import Job, check_size, entrypoint, excluded, find_jobs, job_server, ship
 from storage.signs import signs
 from storage.store import Store
 from tests.conftest import TINY, Cluster, Prunesweep, command
@@ -156,7 +156,7 @@ def test_failed_tasks_fail_the_job(
     assert "9 tasks done, 1 failed, 0 pending" in out
     assert "failed: exit code 3" in err
     with job_server(cluster.jobs) as client:
-        assert find_job(client, "quick").status.value == "FAILED"
+        assert find_jobs(client, "quick")[0].status.value == "FAILED"
 
 
 def test_what_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
