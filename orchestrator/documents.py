@@ -19,6 +19,9 @@ Path_ = tuple[str | int, ...]
 # A scalar that is not of its kind (2024-02-31, !!int x) is a bare ValueError.
 _BAD_YAML = (YAMLError, ValueError)
 
+_ANY_WIDTH = 10**6
+"""No line of a spec is wrapped."""
+
 
 class Document:
     """A YAML mapping, its name for messages, and the overrides put on it."""
@@ -82,9 +85,10 @@ class Document:
         return f"{self.name}:{line + 1}:{column + 1}"
 
     def text(self) -> str:
-        """The document with its overrides, comments kept."""
-        buffer = io.StringIO()
-        YAML(typ="rt").dump(self.data, buffer)
+        """The document with its overrides, comments and lines kept."""
+        buffer, yaml = io.StringIO(), YAML(typ="rt")
+        yaml.width = _ANY_WIDTH
+        yaml.dump(self.data, buffer)
         return buffer.getvalue()
 
     def plain(self) -> Any:

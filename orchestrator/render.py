@@ -163,12 +163,13 @@ def _pods(sweep: Sweep) -> Mapping[str, Any]:
     from orchestrator.jobs import STORE, SWEEP
 
     needed, prefetched = _data(sweep.datasets)
-    places = "--store", sweep.store, "--data-root", sweep.data_root
+    # No places in the entrypoint: KubeRay and `ray job submit` both join it anew, without its quotes.
+    places = {"PRUNESWEEP_STORE": sweep.store, "PRUNESWEEP_DATA_ROOT": sweep.data_root}
     return {
         "sweep": sweep.name,
         "name": kubernetes_name(sweep.name),
         "text": sweep.text.rstrip("\n"),
-        "entrypoint": shlex.join(["prunesweep", "run", "/etc/prunesweep/spec.yaml", *places, *sweep.arguments]),
+        "entrypoint": " ".join(["prunesweep", "run", "/etc/prunesweep/spec.yaml", *sweep.arguments]),
         "metadata": {SWEEP: sweep.name, STORE: sweep.store},
         "store": sweep.store,
         "data_root": sweep.data_root,
@@ -176,7 +177,7 @@ def _pods(sweep: Sweep) -> Mapping[str, Any]:
         "volumes": _volumes(sweep, needed, prefetched),
         "prefetched": prefetched,
         "image": sweep.image,
-        "env": sweep.env,
+        "env": {**dict(sweep.env), **places}.items(),
         "groups": groups(sweep.resources),
         "ray": version("ray"),
     }
@@ -265,6 +266,11 @@ def _not_in(text: str) -> str:
     return word
 
 
+def _literal(text: str) -> str:
+    """Text in a pod's variables or command, in which Kubernetes would put variables' values for $(NAME)."""
+    return text.replace("$", "$$")
+
+
 def _filled(template: str, values: Mapping[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -276,6 +282,7 @@ def _filled(template: str, values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"quote": shlex.quote, "literal": _literal}
     return environment.get_template(template).render(values)
 
 

@@ -119,8 +119,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "parts of GPUs": {"resources": Resources(gpus=0.25, memory_gb=8)},
     "several GPUs for one task": {"resources": Resources(gpus=1, processes=4, workers=2)},
     "volumes, and no fetching": {"store": "/shared/results", "datasets": ("imagenet",)},
-    "no data": {"datasets": ("digits",), "env": (("A", 'b "c"'),), "arguments": ("--track", "wandb")},
+    "no data": {"datasets": ("digits",), "env": (("A", 'b "c"'), ("y", "$(A) $$A")), "arguments": ("--track", "wandb")},
+    "places that a shell would read": {"store": "/my results/$(id)", "data_root": "/it's/$$data"},
     "a name that Kubernetes does not take": {"name": "1.A_sweep"},
+    "a name that YAML takes for a truth value": {"name": "on"},
 }
 
 
@@ -156,8 +158,8 @@ def test_a_rayjob_carries_its_sweep(variant: str) -> None:
     assert spec == sweep.text
     head = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     folder = next(one["mountPath"] for one in head["containers"][0]["volumeMounts"] if one["name"] == "spec")
-    places = ["--store", sweep.store, "--data-root", sweep.data_root, *sweep.arguments]
-    assert shlex.split(job["entrypoint"]) == ["prunesweep", "run", f"{folder}/spec.yaml", *places]
+    assert shlex.split(job["entrypoint"]) == ["prunesweep", "run", f"{folder}/spec.yaml", *sweep.arguments]
+    assert shlex.join(shlex.split(job["entrypoint"])) == job["entrypoint"]  # no quotes, which it would lose on its way
     assert job["metadata"] == {SWEEP: sweep.name, STORE: sweep.store}
     assert job["shutdownAfterJobFinishes"] is True and job["ttlSecondsAfterFinished"] > 0
     assert job["rayClusterSpec"]["authOptions"] == {"mode": "token"}
@@ -178,9 +180,16 @@ def test_every_pod_has_what_the_sweep_needs(variant: str) -> None:
         assert (sweep.store in mounts) == sweep.store.startswith("/")
         assert (sweep.data_root in mounts) == (sweep.datasets != ("digits",))
         assert ("initContainers" in pod) == (sweep.datasets == ("mnist",))
-        assert {one["name"]: one["value"] for one in container.get("env", [])} == dict(sweep.env)
+        places = {"PRUNESWEEP_STORE": sweep.store, "PRUNESWEEP_DATA_ROOT": sweep.data_root}
+        assert {one["name"]: expanded(one["value"]) for one in container["env"]} == dict(sweep.env) | places
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert pod["securityContext"]["runAsNonRoot"]
+
+
+def expanded(text: str) -> str:
+    """A value as Kubernetes reads it: $(NAME) would be that variable's value, and $$ is $."""
+    assert not re.search(r"(?<!\$)(\$\$)*\$\(", text), f"{text} has a variable in it"
+    return text.replace("$$", "$")
 
 
 @given(

@@ -53,7 +53,9 @@ if [ "$1" = show ]; then printf '10.9.0.1\\n10.9.0.2\\n'; else echo "$@" >>asked
 BATCH = """\
 bash sweep.sh &
 batch=$!
-if [ "$1" = short ]; then
+if [ "$1" = shortest ]; then
+  (sleep 2 && kill -USR1 $batch) &
+elif [ "$1" = short ]; then
   (until compgen -G 'store/rows/*.parquet' >/dev/null; do sleep 0.2; done; kill -USR1 $batch) &
 fi
 wait $batch
@@ -85,7 +87,7 @@ def cluster(tmp_path: Path) -> Path:
 
 
 def sbatch(folder: Path, time: str) -> subprocess.CompletedProcess[str]:
-    """Run the job; with a `short` time it is told of its end once there is a row."""
+    """Run the job; with a `short` time it is told of its end once there is a row, with the `shortest` at its start."""
     slurm = {"NODELIST": "node[1-2]", "NUM_NODES": "2", "ID": "7"}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {f"SLURM_JOB_{key}": value for key, value in slurm.items()} | {"SLURM_CPUS_PER_TASK": "1"}
@@ -112,3 +114,13 @@ def test_a_job_that_runs_out_of_time_is_queued_again_and_goes_on(cluster: Path) 
     assert (cluster / "asked").read_text() == "requeue 7\n"
     found = store.sql("select count(*), count(distinct host) from rows where status = 'done'").fetchall()
     assert found == [(8, 2)], found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_job_that_runs_out_of_time_while_it_starts(cluster: Path) -> None:
+    """There is no driver yet that could be told: it is told once it is there, and the job is queued again."""
+    found = sbatch(cluster, "shortest")
+    assert found.returncode == 130, found.stdout + found.stderr
+    assert (cluster / "asked").read_text() == "requeue 7\n"
+    assert Store(cluster / "store").sql("select * from rows where status = 'done'").fetchall() == []

@@ -15,7 +15,10 @@
 # job is queued again, and goes on.
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
+# shellcheck disable=SC2016,SC2089,SC2090 # what is quoted is as it was given, or for an inner shell
 set -euo pipefail
+again=no
+trap 'again=yes' USR1
 
 export PATH=/shared/prunesweep/.venv/bin:"$PATH"
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
@@ -41,17 +44,15 @@ grid:
   pruner: oracle
   seed: [0, 1, 2]
 candidates: {mode: all}
-dense: {epochs: 30, batch_size: 256, optimizer: sgd, momentum: 0.9, lr: {0: 0.01,
-    20: 0.001}, weight_decay: 1.0e-4, seed: 0}
-retrain: {epochs: 30, batch_size: 256, optimizer: sgd, momentum: 0.9, lr: {0: 
-      0.001, 20: 0.0001}, weight_decay: 1.0e-4}
+dense: {epochs: 30, batch_size: 256, optimizer: sgd, momentum: 0.9, lr: {0: 0.01, 20: 0.001}, weight_decay: 1.0e-4, seed: 0}
+retrain: {epochs: 30, batch_size: 256, optimizer: sgd, momentum: 0.9, lr: {0: 0.001, 20: 0.0001}, weight_decay: 1.0e-4}
 END_OF_SPEC
 
 # This script runs on the first node, and so do Ray's head and the driver.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head="${hosts[0]}"
 export head spec ended store data_root
-# shellcheck disable=SC2016,SC2329 # the inner shell expands it; srun calls it
+# shellcheck disable=SC2329 # srun calls it
 on_each_node() {
   ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" -- \
@@ -68,14 +69,12 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --cpus-per-t
   --wait=0 --kill-on-bad-exit=0 bash -c on_each_node &
 nodes=$!
 
-again=no
-# shellcheck disable=SC2329 # the trap calls it
-stop() {
-  again=yes
-  prunesweep stop lenet5-mini-conv1 --store "$store" || true
-}
-trap stop USR1
+asked=no
 while [ ! -s "$ended" ] && kill -0 "$nodes" 2>/dev/null; do
+  # A driver that is only starting has not heard: it is asked again.
+  if [ "$again" = yes ] && [ "$asked" = no ] && prunesweep stop lenet5-mini-conv1 --store "$store" 2>/dev/null; then
+    asked=yes
+  fi
   sleep 2 &
   wait $! || true # which a signal ends
 done
