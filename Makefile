@@ -4,6 +4,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
+# Where it is set, each of the hundreds of processes of the tests would compile torch and Ray anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: install demo cluster-demo test test-all chaos bench lint lock clean
 
 install: $(STAMP)

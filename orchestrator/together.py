@@ -12,9 +12,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import ray
-from ray import train, tune
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray import tune
 from ray.util.queue import Empty, Queue
 
 from orchestrator.account import Failure, failure
@@ -54,6 +52,11 @@ class TogetherTrainable(tune.Trainable):
 
 def run_processes(config: dict[str, Any]) -> dict[str, Any]:
     """What the first process tells of a shard's run. Raises what ended the processes where it told nothing."""
+    # Here, since it imports torch, which a driver does without.
+    from ray import train
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
     words, lost = Queue(actor_options={"num_cpus": 0}), None
     try:
         with tempfile.TemporaryDirectory(prefix="prunesweep-train-", ignore_cleanup_errors=True) as storage:
@@ -83,6 +86,8 @@ class Ended(Exception):
 
 def in_each_process(config: dict[str, Any]) -> None:
     """Run a shard as one of its processes. Raises Ended where the others cannot come to the same end."""
+    from ray import train
+
     store, shard = Store(config["store"]), Shard.from_dict(config["shard"])
     leads = train.get_context().get_world_rank() == 0
     with pulse_of(store, config) if leads else contextlib.nullcontext() as pulse:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from dataclasses import astuple
 from pathlib import Path
@@ -91,3 +93,10 @@ def test_a_worker_that_was_stopped_tells_the_driver(run: Run) -> None:
     assert run.report(Ending(End.STOPPED)) == TrialScheduler.STOP
     assert run.driver.stop.is_set() and run.begun == []
     assert run.searcher.suggest("another") == ShardSearcher.FINISHED and run.queue.waiting == []
+
+
+def test_a_driver_needs_no_torch() -> None:
+    """It only hands out shards: torch would cost its start seconds."""
+    code = "import sys, orchestrator.ray_runner; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert found.stdout == "False\n", found.stderr
