@@ -18,6 +18,7 @@ from orchestrator.cluster import check_job_server
 from orchestrator.errors import ClusterError, UserError
 from orchestrator.options import (
     absolute,
+    absolute_store,
     data_root_option,
     existing_store,
     read_spec,
@@ -114,11 +115,9 @@ def submit(
     from orchestrator.expand import cells
     from orchestrator.plan import check
     from orchestrator.preflight import check_models
-    from storage.store import Store
 
     document = read_spec(spec, overrides)
-    data_root = absolute(data_root)
-    store = store if "://" in store else absolute(store)
+    data_root, location = absolute(data_root), absolute_store(store)
     with _started_in(given["working_dir"]):
         checked = check(document, data_root)
         more = share_words(given["max_workers"], given["priority"]) + (("--track", track) if track else ())
@@ -126,7 +125,6 @@ def submit(
             env, folder = tuple(_variable(one) for one in given["env"]), given["working_dir"]
             write_manifest(rendering, document, checked, more, env, Path.cwd() if folder else None)
             return
-        location = Store(store).absolute
         server = _needed(address)
         check_models(cells(checked, document, data_root), data_root)
     words = ("run", "-", "--store", location, "--data-root", data_root, *more)
@@ -240,7 +238,7 @@ def _patiently(ask: Callable[[], Any]) -> Any:
 
 def _ended(client: JobSubmissionClient, job: str) -> int:
     """Say how a job ended; return its exit code. One that was stopped counts as interrupted."""
-    from orchestrator.cli import INTERNAL, INTERRUPTED
+    from orchestrator.cli import EXIT_CODES, INTERNAL, INTERRUPTED
     from orchestrator.jobs import sweep_of
 
     info = client.get_job_info(job)
@@ -253,6 +251,8 @@ def _ended(client: JobSubmissionClient, job: str) -> int:
         return INTERRUPTED
     why = f"exit code {code}" if code > 0 else info.message or "Ray does not say why"
     click.echo(f"{job}: failed: {why}", err=True)
+    if info.driver_exit_code is None:  # Ray could not run it, or lost it
+        return EXIT_CODES[ClusterError]
     return code if code > 0 else INTERNAL
 
 
@@ -311,9 +311,13 @@ def stop(sweep: str, drain: bool, store: str, address: str | None) -> None:
         elsewhere = ", ".join(sorted({driver["host"] for driver in found}))
         hint = f" (one is noted on {elsewhere}: stop it there)" if elsewhere else ""
         raise UserError(f"no run of {sweep} is at work on this machine{hint}; a submitted one needs --address")
+    jobs = [driver["job"] for driver in alive if driver.get("job")]
     for driver in alive:
-        _signal(driver["pid"], drain)
-        click.echo(f"asked process {driver['pid']} to stop; `prunesweep resume {sweep}` goes on", err=True)
+        if not driver.get("job"):
+            _signal(driver["pid"], drain)
+            click.echo(f"asked process {driver['pid']} to stop; `prunesweep resume {sweep}` goes on", err=True)
+    if jobs:  # Ray would take it for one that has failed
+        raise UserError(f"{jobs[0]} is a Ray job: `prunesweep stop {jobs[0]} --address http://HOST:8265` stops it")
 
 
 def _signal(pid: int, drain: bool) -> None:

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.errors import ClusterError, UserError
-from orchestrator.options import absolute, data_root_option, emit, output_options, store_option, write_file
+from orchestrator.options import (
+    absolute,
+    absolute_store,
+    data_root_option,
+    emit,
+    output_options,
+    store_option,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from orchestrator.checks import Check
@@ -110,9 +118,8 @@ def _from_here(address: str, store: str, data_root: str) -> list[Check]:
 def _by_a_job(address: str, store: str, data_root: str) -> list[Check]:
     """The lines of a job that looks from the cluster's head."""
     from orchestrator.jobs import Job, finished, submission_id, submit_job
-    from storage.store import Store
 
-    location = Store(store).absolute
+    location = absolute_store(store)
     words = ("doctor", "--address", "auto", "--store", location, "--data-root", data_root, "-f", "jsonl")
     name = submit_job(address, Job("doctor", location, words, submission_id=submission_id("doctor"), of_a_sweep=False))
     click.echo(f"looking from the cluster, as job {name}", err=True)

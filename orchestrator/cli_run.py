@@ -15,6 +15,7 @@ from orchestrator.cluster import is_job_server
 from orchestrator.errors import UserError
 from orchestrator.options import (
     absolute,
+    absolute_store,
     data_root_option,
     emit,
     existing_store,
@@ -195,9 +196,8 @@ def _resume_there(
 ) -> None:
     """Submit a job that resumes a sweep. The store may be one that only the cluster sees."""
     from orchestrator.cli_cluster import send
-    from storage.store import Store
 
-    location = Store(store).absolute
+    location = absolute_store(store)
     with contextlib.suppress(StoreError):
         existing_store(store).newest(sweep)
     words = ("resume", sweep, *options, "--store", location, "--data-root", absolute(data_root))

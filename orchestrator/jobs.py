@@ -9,6 +9,7 @@ import re
 import secrets
 import shlex
 import shutil
+import string
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 AGENT_SECONDS = 90.0
 """How long `submit` waits for a cluster's job agent to come up."""
 
-STOP_SECONDS = 30
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
 """So long Ray waits for a job that it has asked to stop, before it kills it: more than drivers.GRACE_SECONDS."""
 
 SPEC_BYTES = 100_000
@@ -36,7 +37,7 @@ SPEC_BYTES = 100_000
 SWEEP, STORE = "prunesweep_sweep", "store"
 """The job metadata under which a sweep's name and its store are kept."""
 
-_END = "END_OF_SPEC"
+_END = "_END_OF_SPEC"
 _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
@@ -112,7 +113,7 @@ def submit_job(address: str, job: Job) -> str:
 
 def as_ray_takes_it(job: Job, name: str, folder: Path) -> dict[str, Any]:
     """The arguments of Ray's submit_job. What is sent along of prunesweep is put into `folder`."""
-    env_vars = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **dict(job.env)}
+    env_vars = {**STOP_WAIT, **dict(job.env)}
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if job.working_dir is not None:
         runtime_env |= {"working_dir": str(job.working_dir), "excludes": excluded(job)}
@@ -137,11 +138,17 @@ def entrypoint(job: Job) -> str:
             f"the spec has {len(job.stdin.encode())} bytes, and a job takes at most {SPEC_BYTES}: write lists of "
             "layers as patterns, or split it"
         )
-    end = _END
-    while end in job.stdin:
-        end += "_"
-    text = job.stdin if job.stdin.endswith("\n") else f"{job.stdin}\n"
+    text, end = job.stdin if job.stdin.endswith("\n") else f"{job.stdin}\n", _end_of(job.stdin)
     return f"{command} <<'{end}'\n{text}{end}\n"
+
+
+def _end_of(text: str) -> str:
+    """The line that ends `text` as a here-document: its first character begins no line there.
+
+    Of a line that begins as the mark does, and goes on with a character outside ASCII, dash 0.5.12 loses a byte.
+    """
+    taken = {line[:1] for line in text.split("\n")}
+    return next((c for c in string.ascii_letters + string.digits if c not in taken), "") + _END
 
 
 def ship(folder: Path) -> Path:

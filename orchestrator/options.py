@@ -152,6 +152,17 @@ def existing_store(location: str) -> Store:
     return store
 
 
+def absolute_store(location: str) -> str:
+    """A store's location as any machine that sees it would say it. Raises StoreError where it is of no known form.
+
+    Of an s3:// one no more is looked at: it may be one that only a cluster reaches.
+    """
+    from storage.store import Store, check_location
+
+    check_location(location)
+    return location if location.startswith("s3://") else Store(location).absolute
+
+
 def warn(problem: Problem) -> None:
     """Tell of a file in rows/ that was skipped."""
     click.echo(skipped(problem), err=True)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from models.registry import MODELS, layer_units, load_weights, model_content
 from models.weights import is_file
 from orchestrator.errors import UserError
+from orchestrator.progress import say
 from pruners.candidates import n_removed
 from usercode import is_code, load
-from workers.datasets import find_dataset
+from workers.datasets import DataMissing, find_dataset
 
 if TYPE_CHECKING:
     import torch
@@ -68,12 +69,13 @@ def preflight(cells: Iterable[Cell], data_root: str | None) -> list[str]:
     again.
     """
     cells = list(cells)
-    pairs = dict.fromkeys((cell.dense.model, cell.dense.dataset) for cell in cells)
+    tried = _with_data([cell for cell in cells if _is_tried(cell)], data_root)
+    pairs = dict.fromkeys((cell.dense.model, cell.dense.dataset) for cell in tried)
     problems = [found for model, dataset in pairs if (found := misfit(model, dataset, data_root))]
     problems += [found for pruner in dict.fromkeys(cell.pruner for cell in cells) if (found := _not_callable(pruner))]
     if problems:
         return problems
-    for subject in _subjects(cells, data_root):
+    for subject in _subjects(tried, data_root):
         note = _note(subject)
         if note.exists():
             continue
@@ -103,6 +105,28 @@ def misfit(model: str, dataset: str, data_root: str | None) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _is_tried(cell: Cell) -> bool:
+    """Whether a cell is tried with the shape of its data: what is built in is known to be all right."""
+    given = cell.dense.recipe.weights is not None
+    return given or cell.dense.model not in MODELS or cell.dense.dataset.startswith("llava:")
+
+
+def _with_data(cells: list[Cell], data_root: str | None) -> list[Cell]:
+    """Those whose data set is here: where a job is submitted from it may not be. UserError where it is no good."""
+    here, away = set[str](), set[str]()
+    for name in dict.fromkeys(cell.dense.dataset for cell in cells):
+        try:
+            find_dataset(name, data_root)
+            here.add(name)
+        except DataMissing:
+            away.add(name)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    for name in sorted(away):
+        say(f"{name} is not under {data_root} on this machine: its networks are tried where the sweep runs")
+    return [cell for cell in cells if cell.dense.dataset in here]
 
 
 def _not_callable(pruner: str) -> str | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.errors import UserError
-from orchestrator.options import absolute, put
+from orchestrator.options import absolute, absolute_store, put
 
 if TYPE_CHECKING:
     from orchestrator.documents import Document
@@ -135,16 +135,10 @@ def rendering_of(kind: str, image: str | None, output: Path | None, store: str, 
     if kind == "slurm":
         if image:
             raise UserError("--image is of --render rayjob and raycluster; a SLURM job runs what is installed here")
-        return Rendering(kind, None, output, _shared(store), absolute(data_root))
+        return Rendering(kind, None, output, absolute_store(store), absolute(data_root))
     if not image:
         raise UserError(f"--render {kind} needs --image, which all nodes run: deploy/Dockerfile builds it")
     return Rendering(kind, image, output, _of_pods(store), data_root if data_root.startswith("/") else "/data")
-
-
-def _shared(store: str) -> str:
-    from storage.store import Store
-
-    return Store(store).absolute
 
 
 def _of_pods(store: str) -> str:
@@ -160,7 +154,7 @@ def _pods(sweep: Sweep) -> Mapping[str, Any]:
     """The values of rayjob.yaml.j2 and raycluster.yaml.j2."""
     from importlib.metadata import version
 
-    from orchestrator.jobs import STORE, SWEEP
+    from orchestrator.jobs import STOP_WAIT, STORE, SWEEP
 
     needed, prefetched = _data(sweep.datasets)
     # No places in the entrypoint: KubeRay and `ray job submit` both join it anew, without its quotes.
@@ -177,7 +171,8 @@ def _pods(sweep: Sweep) -> Mapping[str, Any]:
         "volumes": _volumes(sweep, needed, prefetched),
         "prefetched": prefetched,
         "image": sweep.image,
-        "env": {**dict(sweep.env), **places}.items(),
+        # Whoever stops the job, Ray waits as long as the sweep may take to stop: by the head's environment.
+        "env": {**STOP_WAIT, **dict(sweep.env), **places}.items(),
         "groups": groups(sweep.resources),
         "ray": version("ray"),
     }

@@ -49,6 +49,14 @@ class DenseFile:
     content: bytes
 
 
+def check_location(location: str) -> None:
+    """Raise StoreError where the text cannot be a store's location."""
+    if not location or location.endswith("://"):
+        raise StoreError(f"{location!r} is no store location: give a folder, or a URI as s3://bucket/prefix")
+    if "@" in location.partition("://")[2].partition("/")[0]:  # it would be shown wherever the store is named
+        raise StoreError("a store's URI holds no credentials: they belong in the environment (AWS_ACCESS_KEY_ID, ...)")
+
+
 class Store:
     """A store at a local path or a `pyarrow.fs` URI (`s3://bucket/prefix`).
 
@@ -57,12 +65,7 @@ class Store:
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.location = os.fspath(location)
-        if not self.location or self.location.endswith("://"):
-            raise StoreError(f"{self.location!r} is no store location: give a folder, or a URI as s3://bucket/prefix")
-        if "@" in self.location.partition("://")[2].partition("/")[0]:  # it would be shown wherever the store is named
-            raise StoreError(
-                "a store's URI holds no credentials: they belong in the environment (AWS_ACCESS_KEY_ID, ...)"
-            )
+        check_location(self.location)
         try:
             if "://" in self.location:
                 self.fs, root = pafs.FileSystem.from_uri(self.location)

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from ray.job_submission import JobStatus
 
-from orchestrator.cli_cluster import _variable
+from orchestrator.cli_cluster import _ended, _variable
 from orchestrator.errors import UserError
 from orchestrator.jobs import Job, check_size, entrypoint, excluded, find_jobs, job_server, ship
 from storage.signs import signs
@@ -160,6 +163,41 @@ def test_failed_tasks_fail_the_job(
         assert find_jobs(client, "quick")[0].status.value == "FAILED"
 
 
+def test_a_laptop_needs_neither_the_data_nor_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network of a library on data that only the cluster has, in a bucket that only the cluster reaches."""
+    sent: list[Job] = []
+    monkeypatch.setattr("orchestrator.jobs.submit_job", lambda server, job: sent.append(job) or "tiny-1")
+    monkeypatch.chdir(tmp_path)
+    text = TINY.replace("lenet5_mini", "torchvision/resnet18").replace("synthetic", "imagenet")
+    Path("tiny.yaml").write_text(text.replace("conv1", "layer1.0.conv1"))
+    at = (
+        "--address",
+        "http://127.0.0.1:1",
+        "--no-wait",
+        "--store",
+        "s3://only-there/results",
+        "--data-root",
+        "/none",
+    )
+    code, out, err = in_process(capsys, "submit", "tiny.yaml", *at)
+    assert (code, out) == (0, "tiny-1\n"), err
+    assert "imagenet is not under /none on this machine: its networks are tried where the sweep runs" in err
+    (job,) = sent
+    assert job.words == ("run", "-", "--store", "s3://only-there/results", "--data-root", "/none")
+    code, _, err = in_process(capsys, "submit", "tiny.yaml", *at, "--store", "s3://key:hush-7@bucket/results")
+    assert code == 5 and "a store's URI holds no credentials" in err and "hush-7" not in err
+
+
+@pytest.mark.parametrize(("status", "exit_code", "code"), [("FAILED", 3, 3), ("FAILED", -9, 1), ("FAILED", None, 4)])
+def test_how_a_job_failed(status: str, exit_code: int | None, code: int) -> None:
+    """With the driver's own exit code; as one of ours where it was killed; as the cluster's where it never was."""
+    info = SimpleNamespace(status=JobStatus(status), driver_exit_code=exit_code, message="why", metadata={})
+    client: Any = SimpleNamespace(get_job_info=lambda name: info)
+    assert _ended(client, "tiny-1") == code
+
+
 def test_what_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than Ray uploads is refused with what is largest; what is ignored, or the store inside, does not count."""
     from ray._private.runtime_env import packaging
@@ -178,6 +216,7 @@ def test_what_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=300))
+@example("a\x80\n_\xe9\nEN\u20ac\nE\x80\n_END_OF_SPEC\n")
 def test_a_spec_reaches_the_job_as_it_is(text: str) -> None:
     """Whatever the text, the shell hands it over unchanged (with a newline at its end)."""
     command = entrypoint(Job("s", "store", (), text, image_has_prunesweep=True)).replace(
@@ -190,13 +229,13 @@ def test_a_spec_reaches_the_job_as_it_is(text: str) -> None:
 def test_what_is_sent_along_is_all_of_prunesweep(tmp_path: Path) -> None:
     """Every file that is installed is sent, and can be imported as it lies."""
     sent = ship(tmp_path) / "rooms"
+    assert not list(sent.rglob("__pycache__"))
     code = "import prunesweep_shipped.rooms.prunesweep as p; p.claim_rooms(); import storage, usercode; "
     code += "print(storage.__file__, usercode.__file__)"
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout.split() == [str(sent / "storage/__init__.py"), str(sent / "usercode.py")], found.stderr
     for name in ("workers/chain.cpp", "storage/views.sql", "orchestrator/studies/digits.yaml", "prunesweep.py"):
         assert (sent / name).read_bytes() == (ROOT / name).read_bytes()
-    assert not list(sent.rglob("__pycache__"))
 
 
 def test_env_is_read_here_and_never_told(monkeypatch: pytest.MonkeyPatch) -> None:

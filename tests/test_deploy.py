@@ -20,7 +20,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.jobs import STORE, SWEEP
+from orchestrator.jobs import STOP_WAIT, STORE, SWEEP
 from orchestrator.render import KINDS, Sweep, groups, kubernetes_name, render
 from orchestrator.spec import Resources, load_spec
 from orchestrator.study import open_document
@@ -181,7 +181,7 @@ def test_every_pod_has_what_the_sweep_needs(variant: str) -> None:
         assert (sweep.data_root in mounts) == (sweep.datasets != ("digits",))
         assert ("initContainers" in pod) == (sweep.datasets == ("mnist",))
         places = {"PRUNESWEEP_STORE": sweep.store, "PRUNESWEEP_DATA_ROOT": sweep.data_root}
-        assert {one["name"]: expanded(one["value"]) for one in container["env"]} == dict(sweep.env) | places
+        assert {one["name"]: expanded(one["value"]) for one in container["env"]} == dict(sweep.env) | places | STOP_WAIT
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert pod["securityContext"]["runAsNonRoot"]
 

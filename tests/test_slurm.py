@@ -91,6 +91,7 @@ def sbatch(folder: Path, time: str) -> subprocess.CompletedProcess[str]:
     slurm = {"NODELIST": "node[1-2]", "NUM_NODES": "2", "ID": "7"}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {f"SLURM_JOB_{key}": value for key, value in slurm.items()} | {"SLURM_CPUS_PER_TASK": "1"}
+    environment["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:1"  # of another cluster
     environment |= {"HOME": str(folder), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
     outer = ["unshare", "--mount", "--net", "bash", "-ec", f"{NETWORK} on 1 bash batch.sh {time}"]
     return subprocess.run(outer, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)

@@ -267,6 +267,19 @@ def test_who_is_hurried(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
             assert store.scratch.noted(stop_note(other.id)) is None
 
 
+def test_a_job_is_stopped_through_ray(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the machine of its driver too: a signal of our own would make it a job that failed."""
+    asked: list[int] = []
+    monkeypatch.setattr("orchestrator.cli_cluster._signal", lambda pid, drain: asked.append(pid))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "mini-1"}}))
+    with Driver(store, "mini", None, dict):
+        code, _, err = in_process(capsys, "stop", "mini", "--store", store.location)
+        assert code == 2 and "`prunesweep stop mini-1 --address http://HOST:8265` stops it" in err
+        assert asked == []
+
+
 # -- pace ---------------------------------------------------------------------------------------------
 
 

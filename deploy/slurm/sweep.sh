@@ -71,8 +71,9 @@ nodes=$!
 
 asked=no
 while [ ! -s "$ended" ] && kill -0 "$nodes" 2>/dev/null; do
-  # A driver that is only starting has not heard: it is asked again.
-  if [ "$again" = yes ] && [ "$asked" = no ] && prunesweep stop lenet5-mini-conv1 --store "$store" 2>/dev/null; then
+  # A driver that is only starting has not heard: it is asked again. Not on another cluster, which the environment or
+  # prunesweep.toml may name.
+  if [ "$again" = yes ] && [ "$asked" = no ] && prunesweep stop lenet5-mini-conv1 --store "$store" --address "" 2>/dev/null; then
     asked=yes
   fi
   sleep 2 &
