@@ -7,11 +7,17 @@ import platform
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.probe import LIBRARIES, free_at, look
+from storage.errors import StoreError
+
+if TYPE_CHECKING:
+    from storage.store import Store
 
 OK, WARN, BAD = "ok", "warn", "bad"
 Check = tuple[str, str, str]
@@ -117,21 +123,15 @@ def reports(nodes: Sequence[Mapping[str, Any]], location: str, data_root: str) -
     This process is connected to the cluster.
     """
     import ray
-    import ray.cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from orchestrator import probe
     from orchestrator.cluster import START, first_line
     from storage.store import Store
 
-    opened = Store(location)
-    mark = f"doctor/{uuid.uuid4().hex}" if opened.exists() else None
-    if mark:
-        opened.scratch.renew(mark, {})
-    ray.cloudpickle.register_pickle_by_value(probe)
-    try:
+    opened, alive = Store(location), [node for node in nodes if node["Alive"]]
+    with _by_value(probe), _marked(opened) as mark:
         asked = ray.remote(num_cpus=0, max_retries=0)(look)
-        alive = [node for node in nodes if node["Alive"]]
         on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
         answers = [asked.options(scheduling_strategy=one).remote(START, opened.absolute, data_root, mark) for one in on]
         ray.wait(answers, num_returns=len(answers), timeout=NODE_SECONDS)
@@ -141,10 +141,38 @@ def reports(nodes: Sequence[Mapping[str, Any]], location: str, data_root: str) -
                 yield {**about, **ray.get(answer, timeout=0.1)}
             except Exception as error:  # of Ray, of the node, of time
                 yield {**about, "versions": {}, "problem": first_line(error)}
+
+
+@contextmanager
+def _by_value(module: ModuleType) -> Iterator[None]:
+    """While this lasts functions of a module are sent whole, also to where it is not."""
+    import ray.cloudpickle
+
+    ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(probe)
-        if mark:
-            opened.scratch.forget(mark)
+        ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+@contextmanager
+def _marked(store: Store) -> Iterator[str | None]:
+    """A note in the store that whoever sees the store can see; the folders made for it go with it. None where it
+    cannot be written, which is said elsewhere."""
+    mark, root = f"doctor/{uuid.uuid4().hex}", Path(store.root)
+    folders = [root / "scratch/doctor", root / "scratch", *([] if root.exists() else [root])]
+    try:
+        store.scratch.renew(mark, {})
+    except StoreError:
+        yield None
+        return
+    try:
+        yield mark
+    finally:
+        store.scratch.forget(mark)
+        for folder in folders if store.is_local else ():
+            with suppress(OSError):  # not empty: it was there before
+                folder.rmdir()
 
 
 def node(report: Mapping[str, Any], here: Mapping[str, str | None], our_code: str, location: str) -> Iterator[Check]:

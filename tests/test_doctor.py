@@ -118,7 +118,9 @@ def test_a_cluster_from_here(
     assert lines[f"node {name}"]["what"] == "2 CPUs, 0 GPUs"
     assert [lines[f"{name} {what}"]["what"] for what in ("versions", "prunesweep")] == ["as here", "as here"]
     assert lines[f"{name} store"]["what"] == "results is writable from a worker"
-    assert list((tmp_path / "results").rglob("doctor/*")) == []
+    assert list((tmp_path / "results").rglob("doctor")) == []
+    code_, out, err = in_process(capsys, "doctor", "--address", cluster.address, "--store", "new", "-f", "json")
+    assert code_ == 0 and "new is writable from a worker" in out and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1"])

@@ -228,6 +228,8 @@ def test_a_store_that_one_node_does_not_see(head: Any, tmp_path: Path) -> None:
     )
     try:
         wait_until(lambda: alive(head.address) == 2)
+        code, said = sweep.run("doctor", "--address", head.address, "--store", "results", "-f", "csv")
+        assert code != 0 and re.search(r"store,bad,.*results is another folder there", said), said
         code, said = sweep.run("run", "quick.yaml", "--address", head.address)
         assert code == 2, said
         assert "the node elsewhere (" in said and f"does not see the store {sweep.store.absolute}" in said
