@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -164,7 +165,7 @@ def wrong(
 
 
 def gpu_memory() -> int | None:
-    """The memory of the cluster's smallest GPU in bytes; None where that cannot be told, as while all are taken."""
+    """The memory of the cluster's smallest GPU in bytes; None where that cannot be told."""
     with_gpus = [node for node in nodes() if node.resources.get("GPU", 0) >= 1]
     tasks = [_memory.options(**at(node)).remote() for node in with_gpus]
     sizes = _answers(tasks)
@@ -173,14 +174,15 @@ def gpu_memory() -> int | None:
     return min(sizes) if sizes and all(isinstance(size, int) and size > 0 for size in sizes) else None
 
 
-@ray.remote(num_cpus=0, num_gpus=0.01, max_retries=0)
+@ray.remote(num_cpus=0, max_retries=0, max_calls=1)
 def _memory() -> int:
-    """On a node: the memory of its smallest GPU, or of the one that this task has a part of."""
+    """On a node: the memory of its smallest GPU. It asks for no part of one, since all may be taken; its process, which
+    sees them all, is not used again."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     import torch
 
-    if not torch.cuda.is_available():
-        return 0
-    return min(torch.cuda.mem_get_info(i)[1] for i in range(torch.cuda.device_count()))
+    sizes = (torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return min(sizes, default=0)
 
 
 def part_of_a_gpu(device: int, shard: int, cpus: float, node: Mapping[str, float], shards: int, gpus: float) -> float:

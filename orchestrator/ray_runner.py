@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,7 @@ class ShardTrainable(tune.Trainable):
         self.pulse.__enter__()
         part = config["gpus"]
         self.worker = Worker(store, config["data_root"], precision, cpu=config["cpu"], pulse=self.pulse, part=part)
+        self.place = _place()
         self.begin(config)
 
     def begin(self, config: dict[str, Any]) -> None:
@@ -98,6 +99,7 @@ class ShardTrainable(tune.Trainable):
             "measures": measures,
             "messages": self.worker.take_messages(),
             "ending": None if ending is None else astuple(ending),
+            "place": self.place,
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -105,6 +107,12 @@ class ShardTrainable(tune.Trainable):
 
     def cleanup(self) -> None:
         self.pulse.__exit__()
+
+
+def _place() -> str:
+    """The node of this process, and the GPUs it was given."""
+    context = ray.get_runtime_context()
+    return f"{context.get_node_id()} {','.join(context.get_accelerator_ids().get('GPU', ()))}"
 
 
 class ShardSearcher(Searcher):
@@ -160,11 +168,13 @@ class Room:
     at_most: float
     priority: float
     wishes: Wishes
+    places: dict[str, str] = field(default_factory=dict)
+    """Where its workers are: trial -> node and GPUs."""
 
     def now(self, wanted: int) -> int:
         """So many, of `wanted` that it could run."""
         claim = Claim(self.placement.asked, int(min(wanted, self.at_most)), self.priority)
-        return int(min(self.sharing.share(claim), self.at_most))
+        return int(min(self.sharing.share(claim, list(self.places.values())), self.at_most))
 
 
 class Turns(FIFOScheduler):
@@ -188,15 +198,16 @@ class Turns(FIFOScheduler):
         self.account.say_all(result["messages"])
         name, searcher, told = trial.trial_id, self.searcher, result["ending"]
         since = self.since.setdefault(name, time.monotonic())
+        place = searcher.room.places[name] = result.get("place", name)
         searcher.share()
-        leaves = searcher.room.sharing.gives_way(len(self.since), since)
+        leaves = searcher.room.sharing.gives_way(len(self.since), since, place)
         if told is None and not leaves:
             return TrialScheduler.CONTINUE
         ending = Ending(End.GAVE_WAY) if told is None else Ending(End(told[0]), *told[1:])
         self.ended(trial, ending)
         shard = None if leaves or ending.kind in SPENT else self._next(trial)
         if shard is None:
-            self.since.pop(name)
+            self.gone(name)
             return TrialScheduler.STOP
         self.given[name] = shard
         return TrialScheduler.CONTINUE
@@ -208,6 +219,11 @@ class Turns(FIFOScheduler):
         if len(searcher.shard_of) >= searcher.share():
             return None
         return searcher.next(trial.trial_id, lambda shard: searcher.room.placement.of(shard) == trial.config["gpus"])
+
+    def gone(self, trial_id: str) -> None:
+        """A worker has ended."""
+        self.since.pop(trial_id, None)
+        self.searcher.room.places.pop(trial_id, None)
 
     def wish(self) -> None:
         """Show what this driver could use besides its share, once it has all of that at work."""
@@ -236,6 +252,9 @@ class Reporter(tune.Callback):
         """Nothing, as of the searcher."""
         return {}
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.turns.searcher.room.places[trial.trial_id] = trial.trial_id  # until it tells
+
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.turns.account.shown.beat()
         self.turns.wish()
@@ -251,7 +270,7 @@ class Reporter(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The process is gone: what our own code raises comes as a result."""
         error, searcher = _error_of(trial), self.turns.searcher
-        self.turns.since.pop(trial.trial_id, None)
+        self.turns.gone(trial.trial_id)
         note = searcher.driver.note_of(searcher.shard_of[trial.trial_id])
         # Ray goes on with what may have been the cause.
         reason = last_line(str(error)).partition(" Some common causes")[0] or type(error).__name__
@@ -278,7 +297,7 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
     """
     placed = placement(options, account.queue.waiting)
     several = options.processes > 1
-    sharing = Sharing(ray.get_runtime_context().get_job_id(), Board(), capacity)
+    sharing = Sharing(ray.get_runtime_context().get_job_id(), Board(), capacity, ray.cluster_resources)
     room = Room(
         placed, sharing, _most(options), options.priority, Wishes([placed.bundle(placed.gpus)] * options.processes)
     )

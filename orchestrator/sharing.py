@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+
+from orchestrator import vacating
+from orchestrator.vacating import Vacating
 
 LOOK_SECONDS = 1.0
 """How old a driver's knowledge of the others may be."""
@@ -26,11 +29,12 @@ _PREFIX = "claims/"
 @dataclass(frozen=True)
 class Claim:
     """What a driver asks of the cluster: `wants` shards at once, each with the resources `shard`; `priority` is its
-    weight."""
+    weight, `waits` the seconds for which it has had none at work."""
 
     shard: Mapping[str, float]
     wants: int
     priority: float = 1.0
+    waits: float = 0.0
 
 
 def dealt(capacity: Mapping[str, float], claims: Mapping[str, Claim]) -> dict[str, int]:
@@ -80,7 +84,10 @@ def read_claim(shown: bytes | None) -> Claim | None:
     try:
         found = json.loads(shown or b"null")
         claim = Claim(
-            {str(k): float(v) for k, v in found["shard"].items()}, int(found["wants"]), float(found["priority"])
+            {str(k): float(v) for k, v in found["shard"].items()},
+            int(found["wants"]),
+            float(found["priority"]),
+            float(found.get("waits", 0)),
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -89,42 +96,53 @@ def read_claim(shown: bytes | None) -> Claim | None:
 
 class Sharing:
     """This driver's claim beside those of others, looked at again every LOOK_SECONDS. Until the first look, and where
-    the cluster does not answer, it is as it was."""
+    the cluster does not answer, it is as it was.
+
+    `capacity` is what the cluster may grow to, which shares are of, and `there` what it has: turns are taken at that.
+    """
 
     def __init__(
         self,
         name: str,
         board: Board,
         capacity: Callable[[], Mapping[str, float]],
+        there: Callable[[], Mapping[str, float]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._name, self._board, self._capacity, self._clock = name, board, capacity, clock
-        self._looked = -math.inf
+        self._name, self._board, self._capacity, self._there, self._clock = name, board, capacity, there, clock
+        self._looked, self._at_work = -math.inf, clock()
         self._share, self._others, self._crowd = 1, False, False
+        self._vacating = Vacating(clock)
 
-    def share(self, claim: Claim) -> int:
-        """How many shards may run, by a claim that is shown to the others."""
+    def share(self, claim: Claim, places: Sequence[str]) -> int:
+        """How many shards may run, by a claim that is shown to the others, and the places of the workers there are."""
         from ray.exceptions import RayError
 
-        if self._clock() - self._looked >= LOOK_SECONDS:
-            self._looked = self._clock()
+        now = self._clock()
+        if places or not claim.wants:
+            self._at_work = now
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
             with suppress(RayError):
-                self._look(claim)
-        return self._share
+                self._look(replace(claim, waits=now - self._at_work), places)
+        return min(self._share, len(places)) if self._vacating.left else self._share
 
-    def _look(self, claim: Claim) -> None:
+    def _look(self, claim: Claim, places: Sequence[str]) -> None:
         claims = {**self._board.exchange(self._name, claim), self._name: claim}
-        capacity = self._capacity()
-        held = dealt(capacity, claims)
+        there = self._there()
+        at_once = dealt(there, claims)
         self._others = len(claims) > 1
-        self._crowd = in_need(self._name, capacity, claims, held)
+        self._crowd = in_need(self._name, there, claims, at_once)
         # Where not everybody can have one, everybody tries: Ray gives a free place to who asked first.
-        self._share = max(1, held[self._name])
+        self._share = max(1, dealt(self._capacity(), claims)[self._name])
+        others = (name for name, one in claims.items() if name != self._name and one.waits >= vacating.STARVED_SECONDS)
+        self._vacating.look(frozenset(name for name in others if at_once[name]), places)
 
-    def gives_way(self, running: int, since: float) -> bool:
+    def gives_way(self, running: int, since: float, place: str) -> bool:
         """Whether one of so many workers, at work `since` then, is to leave its place: others wait for their share."""
         over = self._others and running > self._share
-        return over or (self._crowd and self._clock() - since > TURN_SECONDS)
+        turn = self._crowd and self._clock() - since > TURN_SECONDS
+        return over or turn or place in self._vacating.left
 
     def leave(self) -> None:
         """Claim nothing any more."""

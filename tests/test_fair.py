@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.sharing import LOOK_SECONDS, TURN_SECONDS, Claim, Sharing, dealt, in_need, read_claim
+from orchestrator.vacating import STARVED_SECONDS, Vacating
 from storage.store import Store
 from tests.faults.quick import spec
 from tests.faults.runs import Sweep, quick
@@ -100,34 +102,102 @@ def test_a_driver_gives_way() -> None:
     are more drivers than places, a place is held for a while only."""
     board: Any = Shown()
     now = [0.0]
-    driver = Sharing("a", board, lambda: {"CPU": 4}, lambda: now[0])
+    driver = Sharing("a", board, lambda: {"CPU": 4}, lambda: {"CPU": 4}, lambda: now[0])
     mine = Claim({"CPU": 1}, 9)
-    assert driver.share(mine) == 4 and not driver.gives_way(4, 0)
+    assert driver.share(mine, ["here"]) == 4 and not driver.gives_way(4, 0, "here")
     board.claims["b"] = Claim({"CPU": 1}, 9)
     now[0] += LOOK_SECONDS
-    assert driver.share(mine) == 2 and driver.gives_way(3, 0) and not driver.gives_way(2, 0)
+    assert driver.share(mine, ["here"]) == 2 and driver.gives_way(3, 0, "here") and not driver.gives_way(2, 0, "here")
     board.claims |= {name: Claim({"CPU": 1}, 9, 9) for name in "cdef"}
     now[0] += LOOK_SECONDS
-    assert driver.share(mine) == 1 and not driver.gives_way(1, now[0])
+    assert driver.share(mine, ["here"]) == 1 and not driver.gives_way(1, now[0], "here")
     now[0] += TURN_SECONDS + 1
-    assert driver.gives_way(1, 0)
+    assert driver.gives_way(1, 0, "here")
     for name in "bcdef":
         board.forget(name)
-    assert driver.share(mine) == 4 and not driver.gives_way(4, 0)
+    assert driver.share(mine, ["here"]) == 4 and not driver.gives_way(4, 0, "here")
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A cluster of one node with two CPUs, whose tasks take 0.3 s."""
+def test_turns_are_at_what_is_there() -> None:
+    """Shares are of what the cluster may grow to; where it does not grow, drivers take turns."""
+    board: Any = Shown()
+    now = [0.0]
+    driver = Sharing("a", board, lambda: {"GPU": 8}, lambda: {"GPU": 1}, lambda: now[0])
+    board.claims["b"] = mine = Claim({"GPU": 1}, 9)
+    assert driver.share(mine, ["here"]) == 4
+    now[0] += TURN_SECONDS + 1
+    assert driver.gives_way(1, 0, "here")
+
+
+def test_places_are_left_to_who_has_none() -> None:
+    """Seven parts of each of two GPUs, and a driver that was dealt a whole one and cannot have it: the GPU with the
+    fewest workers is left, those on the other stay and go on; with no worker more in its place until it was of use."""
+    board: Any = Shown()
+    now = [0.0]
+
+    def has() -> dict[str, float]:
+        return {"GPU": 2}
+
+    driver = Sharing("a", board, has, has, lambda: now[0])
+    mine, places = Claim({"GPU": 0.1428}, 99), ["x"] * 7 + ["y"] * 6
+    board.claims["b"] = Claim({"GPU": 1}, 9, waits=STARVED_SECONDS - 1)
+    share = driver.share(mine, places)
+    assert share == 7 and not driver.gives_way(7, now[0], "y")
+    board.claims["b"] = Claim({"GPU": 1}, 9, waits=STARVED_SECONDS)
+    now[0] += LOOK_SECONDS
+    places = ["x"] * 4 + ["y"] * 3
+    assert driver.share(mine, places) == 7
+    assert driver.gives_way(7, now[0], "y") and not driver.gives_way(7, now[0], "x")
+    places.remove("y")
+    assert driver.share(mine, places) == 6
+    board.claims["b"] = Claim({"GPU": 1}, 9)
+    now[0] += LOOK_SECONDS
+    assert driver.share(mine, places) == 7 and not driver.gives_way(6, now[0], "y")
+    assert board.claims["a"].waits == 0
+    now[0] += STARVED_SECONDS
+    driver.share(mine, [])
+    assert board.claims["a"].waits == STARVED_SECONDS
+
+
+@given(st.lists(st.sampled_from("xyz"), max_size=9), st.integers(1, 40))
+def test_all_places_are_left_at_most_once(places: list[str], seconds: int) -> None:
+    """One after the other while it is of no use, and then nobody is waited for any more; never where nobody starves."""
+    now = [0.0]
+    leaving, starved = Vacating(lambda: now[0]), frozenset({"b"})
+    for _ in range(4 * (1 + int(STARVED_SECONDS / seconds))):
+        leaving.look(starved, places)
+        assert len(leaving.left & set(places)) <= 1
+        places = [place for place in places if place not in leaving.left]
+        now[0] += seconds
+    assert places == []
+    for _ in range(3):
+        now[0] += STARVED_SECONDS
+        leaving.look(starved, ["x"])
+    assert leaving.left == frozenset()
+    leaving.look(frozenset(), ["x"])
+    leaving.look(starved, ["x"])
+    assert leaving.left == {"x"}
+
+
+@contextmanager
+def node(**has: int) -> Iterator[Any]:
+    """A cluster of one node, whose tasks take 0.3 s."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUICK_SECONDS", "0.3")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        cluster = Cluster(initialize_head=True, head_node_args={**has, "include_dashboard": False})
     try:
         yield cluster
     finally:
         cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Any]:
+    """A cluster with two CPUs."""
+    with node(num_cpus=2) as cluster:
+        yield cluster
 
 
 def at_work(sweep: Sweep) -> int:
@@ -161,5 +231,27 @@ def test_two_sweeps_share_a_cluster(two: Any, tmp_path: Path) -> None:
     assert first.wait_for(lambda: at_work(first) == 2, one, 40), "the other one waited for its end"
     one.terminate()
     assert one.wait(60) == 130, first.said()
+    ids = [task_id for task_id, _ in committed(first.store)]
+    assert 0 < len(ids) == len(set(ids)) < 360
+
+
+def test_a_whole_gpu_beside_packed_ones(tmp_path: Path) -> None:
+    """Halves of both (pretended) GPUs are at work: a sweep that asks for whole ones is given one of them, while work
+    goes on on the other; afterwards the first has all halves again."""
+    first = quick(tmp_path / "a", spec(count=45, seeds=8, resources="candidates_per_shard: 12, gpus: 0.5"))
+    second = quick(tmp_path / "b", spec(count=6, resources="candidates_per_shard: 2, gpus: 1"))
+    for sweep in (first, second):
+        sweep.folder.mkdir()
+        sweep.environment["QUICK_STARVED"] = "6"
+    with node(num_cpus=4, num_gpus=2) as cluster:
+        one = first.start("run", "quick.yaml", "--address", cluster.address)
+        assert first.wait_for(lambda: at_work(first) == 4, one)
+        code, said = second.run("run", "quick.yaml", "--address", cluster.address)
+        assert code == 0, said
+        assert one.poll() is None and at_work(first) >= 1, first.said()
+        assert first.wait_for(lambda: at_work(first) == 4, one, 60)
+        one.terminate()
+        assert one.wait(60) == 130, first.said()
+    assert_invariants(second.store, "quick", committed(second.store), second.reference())
     ids = [task_id for task_id, _ in committed(first.store)]
     assert 0 < len(ids) == len(set(ids)) < 360

@@ -118,11 +118,13 @@ def main() -> None:
     plant()
     import orchestrator.cluster
     import orchestrator.drivers
+    import orchestrator.vacating
     import storage.signs
     from orchestrator.cli import entry
 
     orchestrator.cluster.SETUP_HOOK = plant
     orchestrator.drivers.FROZEN_SECONDS = float(os.environ.get("QUICK_FROZEN", "120"))
+    orchestrator.vacating.STARVED_SECONDS = float(os.environ.get("QUICK_STARVED", "60"))
     storage.signs.STALE_SECONDS = float(os.environ.get("QUICK_STALE", "60"))
     entry()
 
