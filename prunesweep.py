@@ -33,10 +33,21 @@ def claim_rooms() -> None:
 
 def main() -> None:
     """The command `prunesweep`."""
-    claim_rooms()
-    from orchestrator.cli import entry
-
+    try:
+        claim_rooms()
+        from orchestrator.cli import entry
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"prunesweep: {lacking(error)}\n")
+        sys.exit(4)
     entry()
+
+
+def lacking(error: ModuleNotFoundError) -> str:
+    """What to do where this Python lacks what prunesweep is built on, as the one that a Ray job finds may."""
+    return (
+        f"{sys.executable} has no {error.name}, which prunesweep is built on. A job runs the `python` that its node "
+        "finds first: start Ray there with the environment active, or use an image that has prunesweep"
+    )
 
 
 if __name__ == "__main__":

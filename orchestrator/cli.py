@@ -162,10 +162,20 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.close()
         code = 0
     except Exception as error:
-        traceback.print_exc()
-        click.echo(f"prunesweep: internal error, please report it: {type(error).__name__}: {error}", err=True)
-        code = INTERNAL
+        code = _unforeseen(error, debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unforeseen(error: Exception, debug: bool) -> int:
+    """Say what is neither a mistake of the person's nor a fault that is known; the exit code."""
+    from prunesweep import ROOMS, lacking
+
+    if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] not in ROOMS and not debug:
+        click.echo(f"prunesweep: {lacking(error)}", err=True)
+        return EXIT_CODES[ClusterError]
+    traceback.print_exc()
+    click.echo(f"prunesweep: internal error, please report it: {type(error).__name__}: {error}", err=True)
+    return INTERNAL
 
 
 def entry() -> None:

@@ -321,6 +321,31 @@ def test_an_error_of_ours_is_called_one(
     assert "internal error, please report it: ZeroDivisionError" in err
 
 
+def test_a_python_without_what_it_is_built_on(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first one that a job finds on its node may be: one message that names it, and the cluster's exit code. A
+    module of ours that is missing is an error of ours."""
+
+    def missing(name: str) -> None:
+        def check(*_: object) -> None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr("orchestrator.plan.check", check)
+
+    missing("pyarrow.fs")
+    assert run("plan", "digits") == 4
+    err = capsys.readouterr().err
+    assert f"{sys.executable} has no pyarrow.fs, which prunesweep is built on" in err and "Traceback" not in err
+    missing("storage.nosuch")
+    assert run("plan", "digits") == 1
+    assert "internal error" in capsys.readouterr().err
+    bare = subprocess.run(
+        [sys.executable, "-S", "-m", "prunesweep"], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert bare.returncode == 4 and "has no click" in bare.stderr and "Traceback" not in bare.stderr
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_shows_an_example(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     """Every command's help has a line to copy, and the list of commands says what each is for."""

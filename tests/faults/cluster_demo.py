@@ -103,4 +103,6 @@ def _say(text: str) -> None:
 if __name__ == "__main__":
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PRUNESWEEP_STORE"):
         os.environ.pop(name, None)
+    # As where the environment is active: jobs run the `python` that is found first.
+    os.environ["PATH"] = f"{Path(command()).parent}{os.pathsep}{os.environ['PATH']}"
     sys.exit(main())
