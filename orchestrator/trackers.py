@@ -14,8 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
+from ray.exceptions import RayTaskError
 
 from orchestrator.cluster import first_line
 from orchestrator.progress import say
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from ray.tune.logger import LoggerCallback
 
 PROJECT = "prunesweep"
+
+UPLOAD_SECONDS = 60
+"""So long a sweep waits at its end for what wandb has still to send."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +68,7 @@ class Trackers(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        self._tell(self._check)
         for measures in result["measures"]:
             self._tell(lambda measures=measures: self._task(trial, measures))
         if result["ending"] is not None:  # the trial, which is a worker, may go on with another shard
@@ -75,7 +81,24 @@ class Trackers(tune.Callback):
         self._end(trial, failed=True)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self._tell(lambda: self._check(UPLOAD_SECONDS))
         self._tell(lambda: self._told.on_experiment_end([]))
+
+    def _check(self, seconds: float = 0) -> None:
+        """Raise what ended a process in which Ray tells wandb of a run, or TimeoutError where one is still there after
+        `seconds`, unless that is at once. Ray itself never looks."""
+        working = list(getattr(self._told, "_trial_logging_futures", {}).values())
+        if not working:
+            return
+        ended, late = ray.wait(working, num_returns=len(working), timeout=seconds)
+        for one in ended:
+            try:
+                ray.get(one)
+            except RayTaskError as error:
+                raise error.cause from None
+        if late and seconds:
+            left = f"{len(late)} runs could not be sent within {seconds:g} s"
+            raise TimeoutError(f"{left}; WANDB_MODE=offline keeps them here")
 
     @property
     def _told(self) -> LoggerCallback:
@@ -136,7 +159,8 @@ def _wandb(sweep: str) -> LoggerCallback:
 
     kept = os.path.abspath(os.environ.get("WANDB_DIR", Path.cwd()))
     mode: dict[str, Any] = {"mode": os.environ["WANDB_MODE"]} if "WANDB_MODE" in os.environ else {}
-    return WandbLoggerCallback(os.environ.get("WANDB_PROJECT", PROJECT), group=sweep, dir=kept, **mode)
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    return WandbLoggerCallback(project, group=sweep, dir=kept, **mode)
 
 
 def _mlflow(sweep: str) -> LoggerCallback:

@@ -147,3 +147,21 @@ def test_ray_s_own_callback(tmp_path: Path) -> None:
     losses = [line["value"] for line in lines if line["what"] == "metric" and line["key"] == "pruned_train_loss"]
     assert sorted(losses) == sorted(float(row.pruned_train_loss or 0) for row in rows_of(sweep.store).values())
     assert {line["value"] for line in lines if line.get("key") == "sweep"} == {"quick"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "runs", "problem"),
+    [
+        ({"WANDB_MODE": "offline"}, 2, None),
+        ({"WANDB_API_KEY": "short"}, 0, "the tracker is told nothing more, the sweep goes on: "),
+    ],
+    ids=["offline", "a wrong key"],
+)
+def test_wandb(environment: dict[str, str], runs: int, problem: str | None, tmp_path: Path) -> None:
+    """wandb itself: offline it keeps a run of each shard in the folder of the sweep; what keeps it from any is told."""
+    root = Path(__file__).parents[1]
+    sweep = quick(tmp_path, spec(count=4), None, 0.0, PYTHONPATH=str(root), **environment)
+    code, said = sweep.run("run", "quick.yaml", "--track", "wandb")
+    assert code == 0 and len(rows_of(sweep.store)) == 4, said
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == runs
+    assert said.count("the tracker") == (problem is not None) and (problem is None or problem in said), said
