@@ -135,7 +135,6 @@ def test_a_cluster_out_of_reach(
     assert json.loads(out)[-1]["check"] == "cluster" and json.loads(out)[-1]["result"] == BAD
 
 
-@pytest.mark.slow
 def test_a_cluster_through_its_job_server(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -261,7 +261,6 @@ def wishes(cluster: Any) -> int:
     return sum(one["name"].startswith(NAME) and one["state"] == "PENDING" for one in table.values())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_node_that_comes_is_used(head: Any, tmp_path: Path) -> None:
     """With `workers: auto` a sweep that has begun on one processor goes on on three, once nodes have come."""
@@ -281,7 +280,6 @@ def test_a_node_that_comes_is_used(head: Any, tmp_path: Path) -> None:
     assert_invariants(sweep.store, "quick", committed(sweep.store), sweep.reference())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_head_that_dies_costs_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The head is killed in mid-run: Ray ends the driver and its workers. A resume on another
@@ -314,7 +312,6 @@ def test_a_head_that_dies_costs_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_
     assert_invariants(sweep.store, "quick", before, sweep.reference())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_inline_embedded_and_submitted_give_the_same_rows(
     cluster: Cluster, tmp_path: Path, prunesweep: Prunesweep
@@ -336,7 +333,6 @@ def test_inline_embedded_and_submitted_give_the_same_rows(
     assert_same(found["submitted"], found["inline"])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_demonstration() -> None:
     """`make cluster-demo`: a node is killed in mid-run, and the table has every candidate."""
