@@ -238,7 +238,7 @@ def test_two_sweeps_share_a_cluster(two: Any, tmp_path: Path) -> None:
 def test_a_whole_gpu_beside_packed_ones(tmp_path: Path) -> None:
     """Halves of both (pretended) GPUs are at work: a sweep that asks for whole ones is given one of them, while work
     goes on on the other; afterwards the first has all halves again."""
-    first = quick(tmp_path / "a", spec(count=45, seeds=8, resources="candidates_per_shard: 12, gpus: 0.5"))
+    first = quick(tmp_path / "a", spec(count=45, seeds=40, resources="candidates_per_shard: 5, gpus: 0.5"))
     second = quick(tmp_path / "b", spec(count=6, resources="candidates_per_shard: 2, gpus: 1"))
     for sweep in (first, second):
         sweep.folder.mkdir()
@@ -249,9 +249,9 @@ def test_a_whole_gpu_beside_packed_ones(tmp_path: Path) -> None:
         code, said = second.run("run", "quick.yaml", "--address", cluster.address)
         assert code == 0, said
         assert one.poll() is None and at_work(first) >= 1, first.said()
-        assert first.wait_for(lambda: at_work(first) == 4, one, 60)
+        assert first.wait_for(lambda: at_work(first) == 4, one, 90), first.said()
         one.terminate()
         assert one.wait(60) == 130, first.said()
     assert_invariants(second.store, "quick", committed(second.store), second.reference())
     ids = [task_id for task_id, _ in committed(first.store)]
-    assert 0 < len(ids) == len(set(ids)) < 360
+    assert 0 < len(ids) == len(set(ids)) < 1800

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import resource
+import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import duckdb
-import psutil
 import pytest
 
 from orchestrator.cli_sql import answer
@@ -23,7 +23,8 @@ from tests.rows import ORACLE, done, plan, tasks, tree
 from tests.test_cli_errors import run
 
 SECRET = "attack at dawn"
-FEW = Limits(2**27, 1.5)
+LIBRARIES = 2**28
+"""Bytes of a process that has imported what answers a query."""
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +188,31 @@ def test_a_query_stops_at_its_time(sql: str, store: Store, here: Path) -> None:
     assert list(tree(here)) == ["secret.csv"]
 
 
-@pytest.mark.parametrize("sql", HUGE)
-def test_a_query_stops_at_its_memory(sql: str, store: Store, here: Path) -> None:
-    """Whether DuckDB counts that memory or not; nothing is written to a disk instead."""
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the children there ever were, in KiB
-    most = (psutil.Process().memory_info().rss + FEW.memory + SLACK) // 1024  # a fork begins with what this process has
-    with pytest.raises(QueryError, match=r"more than 128 MiB of memory|stopped after"):
-        answer(store.location, sql, "csv", FEW)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(largest, most)
+HUNGRY = """
+import json, resource, sys
+from orchestrator.cli_sql import answer
+from storage.confined import Limits
+from storage.errors import QueryError
+for sql in json.load(sys.stdin):
+    try:
+        said = str(answer(sys.argv[1], sql, "csv", Limits(2**27, 1.5)))
+    except QueryError as error:
+        said = str(error)
+    print(json.dumps([said, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+"""
+
+
+def test_a_query_stops_at_its_memory(store: Store, here: Path) -> None:
+    """Whether DuckDB counts that memory or not; nothing is written to a disk instead. Asked by a process as the command
+    is one: what this one has, its children would begin with."""
+    command = [sys.executable, "-c", HUNGRY, store.location]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    found = subprocess.run(command, input=json.dumps(HUGE), capture_output=True, text=True, cwd=here, env=environment)
+    answers = [json.loads(line) for line in found.stdout.splitlines()]
+    assert len(answers) == len(HUGE), found.stderr
+    for sql, (said, largest) in zip(HUGE, answers, strict=True):
+        assert re.search(r"more than 128 MiB of memory|stopped after", said), (sql, said)
+        assert largest * 1024 <= 2**27 + SLACK + LIBRARIES, sql
     assert list(tree(here)) == ["secret.csv"]
 
 
