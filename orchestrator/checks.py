@@ -160,7 +160,7 @@ def _marked(store: Store) -> Iterator[str | None]:
     """A note in the store that whoever sees the store can see; the folders made for it go with it. None where it
     cannot be written, which is said elsewhere."""
     mark, root = f"doctor/{uuid.uuid4().hex}", Path(store.root)
-    folders = [root / "scratch/doctor", root / "scratch", *([] if root.exists() else [root])]
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         store.scratch.renew(mark, {})
     except StoreError:
@@ -170,7 +170,7 @@ def _marked(store: Store) -> Iterator[str | None]:
         yield mark
     finally:
         store.scratch.forget(mark)
-        for folder in folders if store.is_local else ():
+        for folder in (root / "scratch/doctor", root / "scratch", *made) if store.is_local else ():
             with suppress(OSError):  # not empty: it was there before
                 folder.rmdir()
 

@@ -344,6 +344,8 @@ def _stop_jobs(sweep: str, address: str, drain: bool) -> None:
             client.stop_job(str(job.submission_id))
         if not drain:
             for job in running:
+                if client.get_job_status(str(job.submission_id)).is_terminal():
+                    continue
                 _hurry(str(job.submission_id), str((job.metadata or {}).get(STORE)))
         for job in running:
             _await_end(client, job, sweep_of(job) or "SWEEP")

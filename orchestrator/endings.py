@@ -78,16 +78,16 @@ def seen(
 ) -> Ending:
     """The ending of a shard whose process is gone: `note` is the last it showed, None if it never began.
 
-    A node that went while workers started on it tells nothing of them, nor of the shard: as one that was pre-empted.
+    A node that went while workers started on it tells nothing of them.
     """
-    if preempted or (node_lost and note is None):
-        return Ending(End.PREEMPTED, reason)
-    if note is None:
-        return Ending(End.NOT_STARTED, reason)
-    task = note.get("task")
+    task = (note or {}).get("task")
     at = task if isinstance(task, str) else None
+    if preempted:
+        return Ending(End.PREEMPTED, reason)
     if node_lost:
         return Ending(End.NODE_LOST, reason, at)
+    if note is None:
+        return Ending(End.NOT_STARTED, reason)
     if note.get("verdict") == TIME:
         return Ending(End.TIME, reason, at)
     if memory or note.get("verdict") == MEMORY:

@@ -37,7 +37,7 @@ SPEC_BYTES = 100_000
 SWEEP, STORE = "prunesweep_sweep", "store"
 """The job metadata under which a sweep's name and its store are kept."""
 
-_END = "_END_OF_SPEC"
+_FIRST = "E" + string.ascii_uppercase + string.ascii_lowercase + string.digits
 _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
@@ -138,17 +138,21 @@ def entrypoint(job: Job) -> str:
             f"the spec has {len(job.stdin.encode())} bytes, and a job takes at most {SPEC_BYTES}: write lists of "
             "layers as patterns, or split it"
         )
-    text, end = job.stdin if job.stdin.endswith("\n") else f"{job.stdin}\n", _end_of(job.stdin)
+    text, end = job.stdin if job.stdin.endswith("\n") else f"{job.stdin}\n", end_of(job.stdin)
     return f"{command} <<'{end}'\n{text}{end}\n"
 
 
-def _end_of(text: str) -> str:
-    """The line that ends `text` as a here-document: its first character begins no line there.
+def end_of(text: str) -> str:
+    """A line that ends `text` as a here-document. Its first character begins no line there, where there is such a one.
 
     Of a line that begins as the mark does, and goes on with a character outside ASCII, dash 0.5.12 loses a byte.
     """
-    taken = {line[:1] for line in text.split("\n")}
-    return next((c for c in string.ascii_letters + string.digits if c not in taken), "") + _END
+    lines = text.split("\n")
+    taken = {line[:1] for line in lines}
+    end = next((c for c in _FIRST if c not in taken), "E") + "ND_OF_SPEC"
+    while end in lines:
+        end += "_"
+    return end
 
 
 def ship(folder: Path) -> Path:

@@ -19,7 +19,10 @@ SHARD_DEATHS = 1
 """So often a shard whose process died is run again whole; then its tasks run one by one."""
 
 NODE_LOSSES = 3
-"""So often a shard whose node was lost is run again whole; from then on it is as if its process had died."""
+"""So often a shard whose node was lost at one task is run again whole; then it is as if its process had died."""
+
+STARTS_LOST = 20
+"""So often a shard is begun whose node was lost before it could begin."""
 
 ALONE_TRIES = 2
 """So often a task that takes its process down is run alone; then it has failed."""
@@ -50,7 +53,7 @@ class Queue:
     problems: list[str] = field(default_factory=list)
     store_problem: str | None = None
     _deaths: Counter[str] = field(default_factory=Counter)
-    _losses: Counter[str] = field(default_factory=Counter)
+    _losses: Counter[tuple[str, str | None]] = field(default_factory=Counter)
     _failed: defaultdict[tuple[str, str], set[str]] = field(default_factory=lambda: defaultdict(set))
     _paused: set[str] = field(default_factory=set)
     _in_a_row: Counter[End] = field(default_factory=Counter)
@@ -77,9 +80,9 @@ class Queue:
         """Nothing runs, and nothing of a precision can start."""
         return not self.running and not any(s.precision == precision and self._can_start(s) for s in self.waiting)
 
-    def wanted(self, precision: str) -> int:
+    def wanted(self, precision: str, elsewhere: frozenset[str] = frozenset()) -> int:
         """How many shards of a precision run, or could."""
-        return len(self.running) + sum(s.precision == precision and self._can_start(s) for s in self.waiting)
+        return len(self.running) + sum(self._may_start(shard, precision, elsewhere) for shard in self.waiting)
 
     def next(
         self,
@@ -92,12 +95,14 @@ class Queue:
         Shards that another driver has running, `elsewhere`, wait: they may be done soon.
         """
         for i, shard in enumerate(self.waiting):
-            known = shard.precision == precision and self._can_start(shard) and shard.filed_under not in elsewhere
-            if known and fits(shard):
+            if self._may_start(shard, precision, elsewhere) and fits(shard):
                 del self.waiting[i]
                 self.running[shard.shard_id] = shard
                 return shard
         return None
+
+    def _may_start(self, shard: Shard, precision: str, elsewhere: frozenset[str]) -> bool:
+        return shard.precision == precision and self._can_start(shard) and shard.filed_under not in elsewhere
 
     def _can_start(self, shard: Shard) -> bool:
         return shard.dense is not None or shard.needs.dense_id not in self.pending_dense
@@ -242,10 +247,12 @@ class Queue:
         return []
 
     def _node_lost(self, shard: Shard, ending: Ending) -> list[Burial]:
-        """Nodes come and go; one that goes each time with the same shard may go because of it."""
-        self._losses[shard.filed_under] += 1
-        lost_too_often = self._losses[shard.filed_under] > NODE_LOSSES
-        return self._died(shard, ending) if lost_too_often else self._again(shard, ending)
+        """Nodes come and go; one that goes each time at the same task may go because of it."""
+        self._losses[shard.filed_under, ending.task] += 1
+        losses = self._losses[shard.filed_under, ending.task]
+        if losses <= (NODE_LOSSES if ending.task else STARTS_LOST):
+            return self._again(shard, ending)
+        return self._died(shard, ending) if ending.task else self._error(shard, ending)
 
     def _set_apart(self, shard: Shard, tasks: Iterable[Task]) -> None:
         """`tasks` of a shard one by one, then the rest of it."""

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.cloudpickle
 from ray import tune
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -31,12 +31,12 @@ from orchestrator.cluster import environment
 from orchestrator.endings import SPENT, End, Ending, seen, told
 from orchestrator.nodes import capacity, fit_to_run
 from orchestrator.placement import Placement, placement
-from orchestrator.sharing import Board, Claim, Sharing
+from orchestrator.sharing import LOOK_SECONDS, Board, Claim, Sharing
 from orchestrator.together import TogetherTrainable, pulse_of
 from orchestrator.tracking import measured
 from orchestrator.wishes import Wishes
 from storage.machine import is_alive, machine
-from storage.records import Shard
+from storage.records import Row, Shard
 from storage.store import Store
 from workers.worker import Worker, last_line
 
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from orchestrator.drivers import Driver
     from orchestrator.queue import Queue
     from orchestrator.run import Options
+
+WHERE_SECONDS = 10.0
+"""So long a worker that is ready may take to say where it is."""
 
 STEP_SECONDS = 1.0
 """A worker reports after this long at the latest, between two tasks."""
@@ -69,13 +72,17 @@ class ShardTrainable(tune.Trainable):
         self.pulse.__enter__()
         part = config["gpus"]
         self.worker = Worker(store, config["data_root"], precision, cpu=config["cpu"], pulse=self.pulse, part=part)
-        self.place = _place()
         self.begin(config)
 
     def begin(self, config: dict[str, Any]) -> None:
         """Have the shard of `config` to run."""
         shard = Shard.from_dict(config["shard"])
         self.rows = fit_to_run(config, shard, self.worker.run_shard(shard))
+
+    def where(self) -> str:
+        """The node of this process, and the GPUs it was given."""
+        context = ray.get_runtime_context()
+        return f"{context.get_node_id()} {','.join(context.get_accelerator_ids().get('GPU', ()))}"
 
     def step(self) -> dict[str, Any]:
         """Run tasks for a while; an `ending` once the shard has ended, and how."""
@@ -92,14 +99,13 @@ class ShardTrainable(tune.Trainable):
         except Exception as error:
             ending = told(error)
         if ending is not None:
-            del self.rows  # a step before the next shard is here would find this one ended well
+            self.rows = _none_given()  # not to find this one ended well, should the next not have come
         return {
             "tasks_done": done,
             "failures": failures,
             "measures": measures,
             "messages": self.worker.take_messages(),
             "ending": None if ending is None else astuple(ending),
-            "place": self.place,
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -109,10 +115,9 @@ class ShardTrainable(tune.Trainable):
         self.pulse.__exit__()
 
 
-def _place() -> str:
-    """The node of this process, and the GPUs it was given."""
-    context = ray.get_runtime_context()
-    return f"{context.get_node_id()} {','.join(context.get_accelerator_ids().get('GPU', ()))}"
+def _none_given() -> Iterator[Row]:
+    raise RuntimeError("this worker was given no shard")
+    yield
 
 
 class ShardSearcher(Searcher):
@@ -131,12 +136,17 @@ class ShardSearcher(Searcher):
             self.queue.halt()
         shard = self.next(trial_id) if len(self.shard_of) < self.share() else None
         if shard is None:
-            return Searcher.FINISHED if self.queue.exhausted(self.precision) else None
+            # Tune waits within a step, and has not freed the last worker's place by then: so this run of it ends.
+            return None if self.shard_of else Searcher.FINISHED
         return {"shard": shard.to_dict(), **self.common, "gpus": self.room.placement.of(shard)}
 
     def share(self) -> int:
         """How many workers this driver may have now."""
-        return self.room.now(self.queue.wanted(self.precision))
+        return self.room.now(self.queue.wanted(self.precision, self.driver.elsewhere))
+
+    def has_work(self) -> bool:
+        """Whether a worker could begin now."""
+        return self.share() > 0 and self.queue.wanted(self.precision, self.driver.elsewhere) > 0
 
     def next(self, trial_id: str, fits: Callable[[Shard], bool] = lambda _: True) -> Shard | None:
         """The next shard, for a trial; None where there is none at the moment."""
@@ -169,12 +179,12 @@ class Room:
     priority: float
     wishes: Wishes
     places: dict[str, str] = field(default_factory=dict)
-    """Where its workers are: trial -> node and GPUs."""
+    """Where its workers are: trial -> node and GPUs, or for several processes the trial itself."""
 
     def now(self, wanted: int) -> int:
         """So many, of `wanted` that it could run."""
         claim = Claim(self.placement.asked, int(min(wanted, self.at_most)), self.priority)
-        return int(min(self.sharing.share(claim, list(self.places.values())), self.at_most))
+        return int(min(self.sharing.share(claim, self.places), self.at_most))
 
 
 class Turns(FIFOScheduler):
@@ -198,9 +208,8 @@ class Turns(FIFOScheduler):
         self.account.say_all(result["messages"])
         name, searcher, told = trial.trial_id, self.searcher, result["ending"]
         since = self.since.setdefault(name, time.monotonic())
-        place = searcher.room.places[name] = result.get("place", name)
         searcher.share()
-        leaves = searcher.room.sharing.gives_way(len(self.since), since, place)
+        leaves = searcher.room.sharing.gives_way(name, len(self.since), since)
         if told is None and not leaves:
             return TrialScheduler.CONTINUE
         ending = Ending(End.GAVE_WAY) if told is None else Ending(End(told[0]), *told[1:])
@@ -228,7 +237,7 @@ class Turns(FIFOScheduler):
     def wish(self) -> None:
         """Show what this driver could use besides its share, once it has all of that at work."""
         searcher = self.searcher
-        share, wanted = searcher.share(), searcher.queue.wanted(searcher.precision)
+        share, wanted = searcher.share(), searcher.queue.wanted(searcher.precision, searcher.driver.elsewhere)
         more = min(wanted, searcher.room.at_most) - share if len(self.since) >= share else 0
         searcher.room.wishes.show(int(more), share)
 
@@ -253,7 +262,11 @@ class Reporter(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.turns.searcher.room.places[trial.trial_id] = trial.trial_id  # until it tells
+        """A worker is ready, and was not asked for a step yet."""
+        told = ""
+        with contextlib.suppress(RayError):  # of its death another call tells
+            told = str(ray.get(trial.temporary_state.ray_actor.where.remote(), timeout=WHERE_SECONDS))
+        self.turns.searcher.room.places[trial.trial_id] = told or trial.trial_id
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.turns.account.shown.beat()
@@ -275,7 +288,9 @@ class Reporter(tune.Callback):
         # Ray goes on with what may have been the cause.
         reason = last_line(str(error)).partition(" Some common causes")[0] or type(error).__name__
         preempted = isinstance(error, RayActorError) and error.preempted
-        lost, memory = "node has died" in str(error), "running low on memory" in str(error)
+        # A raylet that goes with its workers is missed later than they are.
+        lost = isinstance(error, ActorUnavailableError) or "node has died" in str(error)
+        memory = "running low on memory" in str(error)
         self.turns.ended(trial, seen(note, reason, preempted=preempted, node_lost=lost, memory=memory))
 
 
@@ -322,7 +337,11 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
         try:
             while not driver.stop.is_set() and (precision := account.queue.precision):
                 searcher = ShardSearcher(account.queue, precision, common, driver, room)
-                _fit(trainable, searcher, Turns(account, searcher), _trackers(options, driver))
+                if searcher.has_work():
+                    _fit(trainable, searcher, Turns(account, searcher), _trackers(options, driver))
+                else:  # it is at other drivers, or they are made room for
+                    account.shown.beat()
+                    driver.stop.wait(LOOK_SECONDS)
         finally:
             room.sharing.leave()
             room.wishes.show(0, 0)

@@ -234,13 +234,15 @@ def _how_many(resources: Resources, processes: int, otherwise: int) -> int:
 
 def _nodes(sweep: Sweep) -> Mapping[str, Any]:
     """The values of slurm.sh.j2."""
+    from orchestrator.jobs import end_of
+
     resources = sweep.resources
     gpus = max(NODE_GPUS, math.ceil(_gpu_share(resources))) if resources.gpus != 0 else 0
     processes = max(1, math.floor(gpus / _gpu_share(resources) + 1e-9 if gpus else NODE_CPUS / resources.cpus))
     return {
         "sweep": sweep.name,
         "text": sweep.text.rstrip("\n"),
-        "end": _not_in(sweep.text),
+        "end": end_of(sweep.text),
         "bin": shlex.quote(sweep.bin),
         "store": shlex.quote(sweep.store),
         "data_root": shlex.quote(sweep.data_root),
@@ -251,14 +253,6 @@ def _nodes(sweep: Sweep) -> Mapping[str, Any]:
         "cpus": max(NODE_CPUS, math.ceil(resources.cpus * (processes if gpus else 1))),
         "gpus": gpus,
     }
-
-
-def _not_in(text: str) -> str:
-    """A word that is no line of `text`."""
-    word = "END_OF_SPEC"
-    while word in text.splitlines():
-        word += "_"
-    return word
 
 
 def _literal(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -63,20 +63,32 @@ def dealt(capacity: Mapping[str, float], claims: Mapping[str, Claim]) -> dict[st
     return held
 
 
-def in_need(name: str, capacity: Mapping[str, float], claims: Mapping[str, Claim], held: Mapping[str, int]) -> bool:
-    """Whether there are more drivers than places, and the place of driver `name` would help: it is for turns.
+def helped(
+    name: str, there: Mapping[str, float], claims: Mapping[str, Claim], held: Mapping[str, int]
+) -> frozenset[str]:
+    """The drivers that were dealt nothing, and whom it would help if driver `name` had nothing either: it is for turns.
 
     A claim that would not fit even then, as for GPUs of nodes that are not there yet, is helped by nobody's leaving.
     """
 
     def free_with_mine(resource: str) -> float:
         others = sum(held[other] * one.shard.get(resource, 0) for other, one in claims.items() if other != name)
-        return capacity.get(resource, 0) - others
+        return there.get(resource, 0) - others
 
-    starved = [other for other, one in claims.items() if one.wants > 0 and not held[other]]
-    return name in starved or any(
-        all(free_with_mine(r) >= amount - 1e-6 for r, amount in claims[other].shard.items()) for other in starved
+    return frozenset(
+        other
+        for other, one in claims.items()
+        if one.wants > 0
+        and not held[other]
+        and other != name
+        and all(free_with_mine(r) >= amount - 1e-6 for r, amount in one.shard.items())
     )
+
+
+def makes_room(mine: Claim, theirs: Claim) -> int:
+    """How many shards of `mine` take what one of `theirs` asks for."""
+    parts = [amount / mine.shard[r] for r, amount in theirs.shard.items() if mine.shard.get(r)]
+    return max((math.ceil(part - 1e-6) for part in parts), default=1)
 
 
 def read_claim(shown: bytes | None) -> Claim | None:
@@ -114,8 +126,11 @@ class Sharing:
         self._share, self._others, self._crowd = 1, False, False
         self._vacating = Vacating(clock)
 
-    def share(self, claim: Claim, places: Sequence[str]) -> int:
-        """How many shards may run, by a claim that is shown to the others, and the places of the workers there are."""
+    def share(self, claim: Claim, places: Mapping[str, str]) -> int:
+        """How many shards may run, by a claim that is shown to the others, and where the workers are that there are.
+
+        None at all while others are made room for, if all have left.
+        """
         from ray.exceptions import RayError
 
         now = self._clock()
@@ -125,24 +140,26 @@ class Sharing:
             self._looked = now
             with suppress(RayError):
                 self._look(replace(claim, waits=now - self._at_work), places)
-        return min(self._share, len(places)) if self._vacating.left else self._share
+        return min(self._share, len(places)) if self._vacating.leaving else self._share
 
-    def _look(self, claim: Claim, places: Sequence[str]) -> None:
+    def _look(self, claim: Claim, places: Mapping[str, str]) -> None:
         claims = {**self._board.exchange(self._name, claim), self._name: claim}
         there = self._there()
         at_once = dealt(there, claims)
+        in_turn = helped(self._name, there, claims, at_once)
         self._others = len(claims) > 1
-        self._crowd = in_need(self._name, there, claims, at_once)
+        self._crowd = bool(in_turn) or (claim.wants > 0 and not at_once[self._name])
         # Where not everybody can have one, everybody tries: Ray gives a free place to who asked first.
         self._share = max(1, dealt(self._capacity(), claims)[self._name])
-        others = (name for name, one in claims.items() if name != self._name and one.waits >= vacating.STARVED_SECONDS)
-        self._vacating.look(frozenset(name for name in others if at_once[name]), places)
+        late = [name for name, one in claims.items() if one.waits >= vacating.STARVED_SECONDS and name != self._name]
+        starved = {name: makes_room(claim, claims[name]) for name in late if at_once[name] or name in in_turn}
+        self._vacating.look(starved, places)
 
-    def gives_way(self, running: int, since: float, place: str) -> bool:
-        """Whether one of so many workers, at work `since` then, is to leave its place: others wait for their share."""
+    def gives_way(self, worker: str, running: int, since: float) -> bool:
+        """Whether a worker, one of so many, at work `since` then, is to leave: others wait for its place."""
         over = self._others and running > self._share
         turn = self._crowd and self._clock() - since > TURN_SECONDS
-        return over or turn or place in self._vacating.left
+        return over or turn or worker in self._vacating.leaving
 
     def leave(self) -> None:
         """Claim nothing any more."""

@@ -37,6 +37,10 @@ class TogetherTrainable(tune.Trainable):
         """Have the shard of `config` to run."""
         self.left, self.common = Shard.from_dict(config["shard"]), config
 
+    def where(self) -> str:
+        """Nowhere in particular: its processes may be on several nodes."""
+        return ""
+
     def step(self) -> dict[str, Any]:
         """Run what is left of the shard, to its end or to the first task that fails."""
         found = run_processes({**self.common, "shard": self.left.to_dict()})

@@ -1,4 +1,4 @@
-"""Leaving places of a cluster to a driver that was dealt some and has none.
+"""Leaving places of a cluster to a driver that has none, though its shards would fit there.
 
 What is free in all may be free in no one place: where small shards are on every GPU, a shard that asks for a whole one
 would wait until all of them have ended.
@@ -8,36 +8,40 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 STARVED_SECONDS = 60.0
 """So long a driver has had no worker until others leave places to it: a worker takes some seconds to start."""
 
 
 class Vacating:
-    """The places that this driver leaves: one, and another whenever that was no help."""
+    """The workers that this driver has leave: enough for one shard of who waits, and as many again whenever that was
+    no help."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.left: frozenset[str] = frozenset()
+        self.leaving: frozenset[str] = frozenset()
         self._since = clock()
         self._in_vain: frozenset[str] = frozenset()
 
-    def look(self, starved: frozenset[str], places: Iterable[str]) -> None:
-        """What follows from the drivers that have nothing, and from the places of this one's workers.
+    def look(self, starved: Mapping[str, int], places: Mapping[str, str]) -> None:
+        """What follows from the drivers that have nothing (name -> how many of our shards make room for one of theirs),
+        and from where our workers are (worker -> place).
 
-        Once it has left them all, and that was no help, it takes no notice of those who still have nothing.
+        Once all have left, and that was no help, no notice is taken of those who still have nothing.
         """
-        self._in_vain &= starved
-        here = Counter(places)
-        if starved <= self._in_vain:
-            self.left = frozenset()
-        elif here.keys() & self.left:  # workers end between two tasks
+        self._in_vain &= starved.keys()
+        wanted = max((n for name, n in starved.items() if name not in self._in_vain), default=0)
+        if not wanted:
+            self.leaving = frozenset()
+        elif self.leaving & places.keys():  # workers end between two tasks
             self._since = self._clock()
-        elif self.left and self._clock() - self._since < STARVED_SECONDS:
-            return  # somebody's worker may be starting there
-        elif here:
-            self.left |= {min(here, key=lambda place: (here[place], place))}
+        elif self.leaving and self._clock() - self._since < STARVED_SECONDS:
+            return  # somebody's worker may be starting
+        elif places:
+            here = Counter(places.values())
+            place = min(here, key=lambda one: (here[one], one))
+            self.leaving |= set([worker for worker, at in places.items() if at == place][:wanted])
             self._since = self._clock()
         else:
-            self._in_vain, self.left = starved, frozenset()
+            self._in_vain, self.leaving = frozenset(starved), frozenset()

@@ -216,7 +216,8 @@ def test_what_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=300))
-@example("a\x80\n_\xe9\nEN\u20ac\nE\x80\n_END_OF_SPEC\n")
+@example("A\x80\nE\xe9\nEN\u20ac\nEND_OF_SPEC\n")
+@example("\n".join("EABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789") + "\nEND_OF_SPEC")
 def test_a_spec_reaches_the_job_as_it_is(text: str) -> None:
     """Whatever the text, the shell hands it over unchanged (with a newline at its end)."""
     command = entrypoint(Job("s", "store", (), text, image_has_prunesweep=True)).replace(

@@ -279,7 +279,7 @@ def test_the_slurm_script(variant: str, tmp_path: Path) -> None:
 def test_a_spec_with_the_end_mark_in_it() -> None:
     """A spec cannot end its own text."""
     text = render("slurm", example("slurm", text="# a\nEND_OF_SPEC\nname: a\n"))
-    assert "<<'END_OF_SPEC_'\n# a\nEND_OF_SPEC\nname: a\nEND_OF_SPEC_\n" in text
+    assert "<<'AND_OF_SPEC'\n# a\nEND_OF_SPEC\nname: a\nAND_OF_SPEC\n" in text
 
 
 @pytest.mark.parametrize("script", [RENDERED["slurm"], ROOT / ".ci/run"])

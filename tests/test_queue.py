@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from orchestrator.account import Account
 from orchestrator.endings import End, Ending, seen
 from orchestrator.progress import Progress
-from orchestrator.queue import ALONE_TRIES, IN_A_ROW, NODE_LOSSES, PROCESS_DIED, SHARD_DEATHS, TIMED_OUT, Burial, Queue
+from orchestrator.queue import (
+    ALONE_TRIES,
+    IN_A_ROW,
+    NODE_LOSSES,
+    PROCESS_DIED,
+    SHARD_DEATHS,
+    STARTS_LOST,
+    TIMED_OUT,
+    Burial,
+    Queue,
+)
 from storage.errors import StoreError
 from storage.records import Cell, Dense, Shard, Task
 from storage.schema import table_to_rows
@@ -227,19 +237,31 @@ def test_memory_short_at_no_task_is_a_death() -> None:
 
 
 def test_nodes_that_are_lost() -> None:
-    """A shard whose node is lost is run again whole, some times; then as if its process had died. Where it had not
-    begun, nothing is held against it, nor against the workers that started there."""
+    """A shard whose node is lost is run again whole, some times at each task; then as if its process had died. Where it
+    had not begun, workers that started there are not held to have failed."""
     of = queue(whole := shard())
-    for _ in range(IN_A_ROW * 5):
-        ending = seen(None, "gone", node_lost=True)
-        assert of.ended(start(of).shard_id, ending) == [] and of.waiting == [whole] and of.problems == []
-    note: dict[str, object] = {"task": whole.tasks[0].task_id}
-    assert seen(note, "gone", node_lost=True, preempted=True).kind is End.PREEMPTED
-    assert seen(note, "gone", node_lost=True).kind is End.NODE_LOST
-    for _ in range(NODE_LOSSES + SHARD_DEATHS):
-        assert end(of, start(of), End.NODE_LOST) == [] and of.waiting == [whole]
-    assert end(of, start(of), End.NODE_LOST) == []
+
+    def lost(note: dict[str, object] | None) -> None:
+        assert of.ended(start(of).shard_id, seen(note, "gone", node_lost=True)) == []
+
+    for _ in range(STARTS_LOST):
+        lost(None)
+        assert of.waiting == [whole] and of.problems == []
+    at: list[dict[str, object]] = [{"task": task.task_id} for task in whole.tasks[:2]]
+    assert seen(at[0], "gone", node_lost=True, preempted=True).kind is End.PREEMPTED
+    for note in [*at * NODE_LOSSES, at[0]]:
+        lost(note)
+        assert of.waiting == [whole]
+    lost(at[0])
     assert [one.tasks for one in of.waiting] == [(task,) for task in whole.tasks]
+
+
+def test_a_shard_whose_nodes_are_lost_as_it_begins() -> None:
+    """It is not begun for ever: its tasks stay pending, and the run says so."""
+    of = queue(shard())
+    for _ in range(STARTS_LOST + 1):
+        assert of.ended(start(of).shard_id, seen(None, "gone", node_lost=True)) == []
+    assert of.waiting == [] and "its tasks stay pending: gone" in of.problems[0]
 
 
 def test_out_of_time() -> None:

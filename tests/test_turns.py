@@ -35,7 +35,7 @@ class Run:
         self.queue.waiting = [Shard(name, tuple(tasks(ORACLE, 3)), keep="last") for name in ("s0", "s1", "s2")]
         self.left: list[str] = []
         self.driver = SimpleNamespace(stop=threading.Event(), elsewhere=frozenset(), leave=self.left.append)
-        sharing = SimpleNamespace(gives_way=lambda running, since, place: False)
+        sharing = SimpleNamespace(gives_way=lambda worker, running, since: False)
         room = SimpleNamespace(placement=Placement(1, 0), sharing=sharing, now=lambda wanted: 2, places={})
         driver: Any = self.driver
         given: Any = room

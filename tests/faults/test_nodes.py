@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -43,10 +45,18 @@ def lose_nodes(cluster: Any, sweep: Sweep, driver: subprocess.Popen[str], times:
         rows = len(committed(sweep.store))
         node = next((n for n in cluster.worker_nodes if n.node_id == busy[0]["node"]), None)
         if node is not None:
+            _power_off(node, busy)
             cluster.remove_node(node, allow_graceful=False)
             lost.append(busy[0])
             cluster.add_node(num_cpus=1)
     return lost
+
+
+def _power_off(node: Any, busy: list[dict[str, Any]]) -> None:
+    """End a node's raylet and its workers at once, as a machine that goes does: workers are missed first."""
+    raylets = [one.process.pid for one in node.all_processes["raylet"]]
+    for pid in [*raylets, *(note["pid"] for note in busy if note["node"] == node.node_id)]:
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.timeout(1200)
@@ -58,5 +68,6 @@ def test_nodes_that_go(nodes: Any, times: int, tmp_path: Path) -> None:
     lost = lose_nodes(nodes, sweep, driver, times)
     assert driver.wait(400) == 0, sweep.said()
     assert len(lost) == times
+    assert "a node was lost" in sweep.said() and "process died" not in sweep.said()
     assert not any(is_alive(note["pid"], note["process_started"]) for note in lost)
     assert_invariants(sweep.store, "quick", committed(sweep.store), sweep.reference())
