@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_START = "start prunesweep in the folder that holds it (a job: give --working-dir to submit and resume)"
 _FOLDERS = ("imagefolder", "llava")
 
 
@@ -33,7 +34,7 @@ def load(name: str) -> Any:
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{name}: {error}; install it, or start prunesweep in the folder that holds it") from error
+        raise ValueError(f"{name}: {error}; install it, or {_START}") from error
     except Exception as error:  # whatever the user's module does as it is imported
         raise ValueError(f"{name}: importing {module} failed: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
@@ -62,8 +63,8 @@ def _find(name: str) -> ModuleSpec:
     if found is None:
         where = f"{Path.cwd()}/{top}.py, {Path.cwd()}/{top}/"
         raise ValueError(
-            f"{name}: there is no Python module {top} (looked for {where}, and among what is installed); start "
-            "prunesweep in the folder that holds it, or install it"
+            f"{name}: there is no Python module {top} (looked for {where}, and among what is installed); install "
+            f"it, or {_START}"
         )
     return found
 

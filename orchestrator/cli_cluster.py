@@ -30,11 +30,13 @@ from orchestrator.options import (
 from orchestrator.render import Rendering, render_options, write_manifest
 from orchestrator.tracking import track_option
 from storage.errors import StoreError
+from usercode import is_code
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
     from orchestrator.jobs import Job
+    from orchestrator.spec import SweepSpec
 
 FOLLOW_SECONDS = 1.0
 LOST_SECONDS = 60.0
@@ -126,9 +128,17 @@ def submit(
             write_manifest(rendering, document, checked, more, env, Path.cwd() if folder else None)
             return
         server = _needed(address)
+        _say_of_own_code(checked, given)
         check_models(cells(checked, document, data_root), data_root)
     words = ("run", "-", "--store", location, "--data-root", data_root, *more)
     send(ctx, server, checked.name, location, data_root, words, document.text(), given)
+
+
+def _say_of_own_code(spec: SweepSpec, given: dict[str, Any]) -> None:
+    """Remind of --working-dir where the spec names code that the cluster may not have."""
+    own = [name for name in (*spec.grid.model, *spec.grid.dataset, *spec.grid.pruner) if is_code(name)]
+    if own and not given["working_dir"] and not given["image_has_prunesweep"]:
+        click.echo(f"{own[0]} is code of your own: unless every node has it, give --working-dir . as well", err=True)
 
 
 @contextlib.contextmanager
@@ -159,6 +169,7 @@ def send(
         location,
         words,
         stdin,
+        absolute(data_root),
         given["working_dir"],
         given["image_has_prunesweep"],
         tuple(_variable(one) for one in given["env"]),
@@ -170,7 +181,7 @@ def send(
     _say_next(name, server, job)
     if not given["no_wait"]:
         with job_server(server) as client:
-            code = _follow(client, name)
+            code = _follow(client, name, server)
         ctx.exit(code)
 
 
@@ -203,7 +214,7 @@ def _needed(address: str | None) -> str:
     return address
 
 
-def _follow(client: JobSubmissionClient, job: str) -> int:
+def _follow(client: JobSubmissionClient, job: str, server: str) -> int:
     """Print a job's output as it comes, and return its exit code."""
     shown = 0
     try:
@@ -217,9 +228,9 @@ def _follow(client: JobSubmissionClient, job: str) -> int:
                 break
             time.sleep(FOLLOW_SECONDS)
     except KeyboardInterrupt:
-        click.echo(f"\n{job} goes on; `prunesweep stop {job}` stops it", err=True)
+        click.echo(f"\n{job} goes on; `prunesweep stop {job} --address {server}` stops it", err=True)
         raise
-    return _ended(client, job)
+    return _ended(client, job, server)
 
 
 def _patiently(ask: Callable[[], Any]) -> Any:
@@ -236,10 +247,10 @@ def _patiently(ask: Callable[[], Any]) -> Any:
             time.sleep(FOLLOW_SECONDS)
 
 
-def _ended(client: JobSubmissionClient, job: str) -> int:
+def _ended(client: JobSubmissionClient, job: str, server: str) -> int:
     """Say how a job ended; return its exit code. One that was stopped counts as interrupted."""
     from orchestrator.cli import EXIT_CODES, INTERNAL, INTERRUPTED
-    from orchestrator.jobs import sweep_of
+    from orchestrator.jobs import resume_command
 
     info = client.get_job_info(job)
     status, code = info.status.value, info.driver_exit_code or 0
@@ -247,7 +258,7 @@ def _ended(client: JobSubmissionClient, job: str) -> int:
         click.echo(f"{job}: succeeded", err=True)
         return 0
     if status == "STOPPED":
-        click.echo(f"{job}: stopped; what was committed stays, `prunesweep resume {sweep_of(info)}` goes on", err=True)
+        click.echo(f"{job}: stopped; what was committed stays. Go on with\n  {resume_command(info, server)}", err=True)
         return INTERRUPTED
     why = f"exit code {code}" if code > 0 else info.message or "Ray does not say why"
     click.echo(f"{job}: failed: {why}", err=True)
@@ -271,7 +282,7 @@ def logs(ctx: click.Context, sweep: str, follow: bool, address: str | None) -> N
 
     with job_server(_needed(address)) as client:
         job = str(find_jobs(client, sweep)[0].submission_id)
-        code = _follow(client, job) if follow else _show(client, job)
+        code = _follow(client, job, str(address)) if follow else _show(client, job)
     ctx.exit(code)
 
 
@@ -333,7 +344,7 @@ def _signal(pid: int, drain: bool) -> None:
 
 
 def _stop_jobs(sweep: str, address: str, drain: bool) -> None:
-    from orchestrator.jobs import STORE, find_jobs, job_server, sweep_of
+    from orchestrator.jobs import STORE, find_jobs, job_server
 
     with job_server(address) as client:
         found = find_jobs(client, sweep)
@@ -348,17 +359,18 @@ def _stop_jobs(sweep: str, address: str, drain: bool) -> None:
                     continue
                 _hurry(str(job.submission_id), str((job.metadata or {}).get(STORE)))
         for job in running:
-            _await_end(client, job, sweep_of(job) or "SWEEP")
+            _await_end(client, job, address)
 
 
-def _await_end(client: JobSubmissionClient, job: JobDetails, sweep: str) -> None:
+def _await_end(client: JobSubmissionClient, job: JobDetails, server: str) -> None:
     """Until a job that was asked to stop has ended; say how."""
+    from orchestrator.jobs import resume_command
+
     name = str(job.submission_id)
     while not (status := client.get_job_status(name)).is_terminal():
         time.sleep(0.2)
-    click.echo(
-        f"{name}: {status.value.lower()}; what is committed stays, `prunesweep resume {sweep}` goes on", err=True
-    )
+    again = resume_command(job, server)
+    click.echo(f"{name}: {status.value.lower()}; what is committed stays. Go on with\n  {again}", err=True)
 
 
 def _hurry(job: str, location: str) -> None:

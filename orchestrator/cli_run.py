@@ -231,7 +231,11 @@ def _or_say_how_to_resume(command: str, work: Callable[[], Outcome]) -> Outcome:
 
 def _resume_command(sweep: str, store: str, data_root: str, address: str | None, inline: bool, *more: str) -> str:
     """What a person types to go on as they began."""
+    from orchestrator.drivers import submitted_as
+
     words = ["prunesweep", "resume", sweep, "--store", store, "--data-root", data_root]
+    if submitted_as():  # from where it was submitted, a cluster's own address is of no use
+        address = "http://HOST:8265"
     words += ["--inline"] if inline else ["--address", address] if address else []
     return shlex.join([*words, *more])
 

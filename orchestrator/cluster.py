@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.auth import refusal, token
+from orchestrator.auth import Token, keep_private, refusal, token
 from orchestrator.errors import ClusterError, UserError
 
 if TYPE_CHECKING:
@@ -53,9 +52,10 @@ def connected(options: Options, *, claiming: bool = True) -> Iterator[None]:
         with environment({"RAY_ADDRESS": None, **usage}):
             try:
                 ray.init(**arguments)
+                if not options.address:
+                    keep_private()
             except Exception as error:  # where a node does not start in time, Ray raises nothing more special
                 where = f"the Ray cluster at {options.address}" if options.address else "an embedded Ray"
-                _check_token(*re.findall(r"[\w.-]+:\d+$", first_line(error)))
                 raise ClusterError(f"cannot start on {where}: {first_line(error)}") from error
         yield
     except SystemExit as end:  # Ray's own handler of SIGTERM, which ray.init sets
@@ -76,38 +76,63 @@ def check_job_server(address: str) -> None:
 
 
 def check_reachable(address: str | None) -> None:
-    """Raise ClusterError where nobody listens at HOST:PORT, or our token is not taken there; Ray itself would try
-    for long, and not say why."""
-    if address and is_job_server(address):
+    """Raise UserError for an address of another form; ClusterError where no Ray head is there, or it does not take our
+    token. Ray itself would try for long, and not say why."""
+    if not address:
+        return
+    if is_job_server(address):
         raise UserError(
             f"{address} is a job server: `prunesweep submit` and `resume` send a sweep there; `run` takes "
             "HOST:PORT of a running cluster, or auto"
         )
-    host, _, port = (address or "").rpartition(":")
+    if address == "auto":
+        if found := _of_this_machine():
+            _check_head(found, token({"RAY_AUTH_MODE": "token", **os.environ}))  # Ray shows one where it finds one
+        return
+    host, _, port = address.rpartition(":")
     if not (host and port.isdigit()) or "://" in host:
-        return  # `auto`, or a form that Ray resolves
+        raise UserError(
+            f"--address {address}: give HOST:PORT of a Ray head, or auto for the one of this machine (a job server, "
+            "http://HOST:8265, is for submit, resume, status, logs and stop)"
+        )
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
-    _check_token(f"{host}:{port}")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"no Ray cluster answers at {address}: {getattr(error, 'strerror', error)}") from error
+    _check_head(address, token())
 
 
-def _check_token(*addresses: str) -> None:
-    """Raise ClusterError where a Ray head does not take our token. It is asked for its id, as Ray does first."""
+def _of_this_machine() -> str | None:
+    """HOST:PORT that Ray takes `auto` for; None where there is none, or Ray finds it in another way."""
+    try:
+        from ray._private.services import canonicalize_bootstrap_address
+
+        with environment({"RAY_ADDRESS": None}):
+            return canonicalize_bootstrap_address("auto")
+    except Exception:  # it is private, and raises many kinds
+        return None
+
+
+def _check_head(address: str, shown: Token) -> None:
+    """Raise ClusterError where no Ray head answers, or it does not take a token. It is asked for its id, as Ray does
+    first."""
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return  # the channel would need Ray's certificates
     import grpc
 
-    shown = token()
     metadata = (("authorization", f"Bearer {shown.value}"),) if shown.value else ()
-    for address in addresses:
-        with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
-            try:
-                channel.unary_unary(_ASKED_FIRST)(b"", timeout=CONNECT_SECONDS, metadata=metadata)
-            except grpc.RpcError as error:
-                if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                    raise ClusterError(refusal(f"the Ray cluster at {address}", shown)) from error
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(_ASKED_FIRST)(b"", timeout=CONNECT_SECONDS, metadata=metadata)
+        except grpc.RpcError as error:
+            code = error.code() if isinstance(error, grpc.Call) else None
+            if code is grpc.StatusCode.UNAUTHENTICATED:
+                raise ClusterError(refusal(f"the Ray cluster at {address}", shown)) from error
+            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise ClusterError(
+                    f"no Ray head answers at {address}: give the port that `ray start --head` names (6379, unless it "
+                    f"was told another); a job server is given as http://{address}"
+                ) from error
 
 
 def first_line(error: BaseException) -> str:

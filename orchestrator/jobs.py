@@ -34,8 +34,8 @@ STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
 SPEC_BYTES = 100_000
 """A spec travels in the job's entrypoint, which Linux passes as one argument of at most 128 KiB."""
 
-SWEEP, STORE = "prunesweep_sweep", "store"
-"""The job metadata under which a sweep's name and its store are kept."""
+SWEEP, STORE, DATA_ROOT = "prunesweep_sweep", "store", "data_root"
+"""The job metadata under which a sweep's name, its store and its data root are kept."""
 
 _FIRST = "E" + string.ascii_uppercase + string.ascii_lowercase + string.digits
 _TALKATIVE = (
@@ -56,6 +56,7 @@ class Job:
     store: str
     words: tuple[str, ...]
     stdin: str | None = None
+    data_root: str = ""
     working_dir: Path | None = None
     image_has_prunesweep: bool = False
     env: tuple[tuple[str, str], ...] = ()
@@ -72,13 +73,13 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
     from ray.exceptions import AuthenticationError
     from requests.exceptions import RequestException
 
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         # An address in the environment would win over the argument.
         with environment({"RAY_ADDRESS": None, "RAY_API_SERVER_ADDRESS": None}):
             from ray.job_submission import JobSubmissionClient
 
+            for name in _TALKATIVE:  # which set their levels as they are imported
+                logging.getLogger(name).setLevel(logging.ERROR)
             client = JobSubmissionClient(address)
         yield client
     except BrokenPipeError:  # our own stdout: `logs | head`
@@ -86,7 +87,11 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
     except AuthenticationError as error:
         raise ClusterError(refusal(f"the Ray job server at {address}")) from error
     except (ConnectionError, RequestException, RuntimeError, ValueError) as error:
-        raise ClusterError(f"the Ray job server at {address} does not answer as asked: {first_line(error)}") from error
+        said = first_line(error)
+        raise ClusterError(
+            f"the Ray job server at {address} does not answer as asked; is the head up, and the way to its port 8265 "
+            f"open? {said}"
+        ) from error
 
 
 def submission_id(sweep: str) -> str:
@@ -123,7 +128,7 @@ def as_ray_takes_it(job: Job, name: str, folder: Path) -> dict[str, Any]:
         "entrypoint": entrypoint(job),
         "submission_id": name,
         "runtime_env": runtime_env,
-        "metadata": {SWEEP: job.sweep, STORE: job.store} if job.of_a_sweep else {},
+        "metadata": {SWEEP: job.sweep, STORE: job.store, DATA_ROOT: job.data_root} if job.of_a_sweep else {},
     }
 
 
@@ -251,6 +256,15 @@ def find_jobs(client: JobSubmissionClient, name: str) -> list[JobDetails]:
         known = sorted({sweep_of(j) or j.submission_id or "" for j in jobs})
         raise UserError(f"no job or sweep {name} on this cluster; there are: {', '.join(known) or 'none'}")
     return sorted(found, key=lambda j: -(j.start_time or 0))
+
+
+def resume_command(job: JobDetails, server: str) -> str:
+    """What to type to go on with the sweep of a job."""
+    about = job.metadata or {}
+    words = ["prunesweep", "resume", about.get(SWEEP, "SWEEP"), "--address", server]
+    for option, key in (("--store", STORE), ("--data-root", DATA_ROOT)):
+        words += [option, about[key]] if about.get(key) else []
+    return shlex.join([*words, *(["--working-dir", "."] if (job.runtime_env or {}).get("working_dir") else [])])
 
 
 def sweep_of(job: JobDetails) -> str | None:

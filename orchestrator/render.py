@@ -154,7 +154,7 @@ def _pods(sweep: Sweep) -> Mapping[str, Any]:
     """The values of rayjob.yaml.j2 and raycluster.yaml.j2."""
     from importlib.metadata import version
 
-    from orchestrator.jobs import STOP_WAIT, STORE, SWEEP
+    from orchestrator.jobs import DATA_ROOT, STOP_WAIT, STORE, SWEEP
 
     needed, prefetched = _data(sweep.datasets)
     # No places in the entrypoint: KubeRay and `ray job submit` both join it anew, without its quotes.
@@ -164,7 +164,7 @@ def _pods(sweep: Sweep) -> Mapping[str, Any]:
         "name": kubernetes_name(sweep.name),
         "text": sweep.text.rstrip("\n"),
         "entrypoint": " ".join(["prunesweep", "run", "/etc/prunesweep/spec.yaml", *sweep.arguments]),
-        "metadata": {SWEEP: sweep.name, STORE: sweep.store},
+        "metadata": {SWEEP: sweep.name, STORE: sweep.store, DATA_ROOT: sweep.data_root},
         "store": sweep.store,
         "data_root": sweep.data_root,
         "on_s3": sweep.store.startswith("s3://"),

@@ -59,8 +59,9 @@ def test_without_the_right_token(
     """One message that says what to set, exit code 4, within seconds; nothing is written."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "wrong").write_text("some-other-token-0123456789abcdef")
-    env = {"RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
-    env |= {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")} if wrong else {}
+    # Without a mode Ray shows none, though there be one.
+    env = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
+    env |= {"RAY_AUTH_MODE": "token" if wrong else ""}
     address = guarded.cluster.address if command.startswith("run") else guarded.cluster.jobs
     asked = time.monotonic()
     found = prunesweep(*command.split(), "--address", address, **env)
@@ -68,14 +69,18 @@ def test_without_the_right_token(
     assert (found.returncode, found.stdout) == (4, ""), found.stderr
     (line,) = found.stderr.splitlines()
     assert line.startswith("prunesweep: the Ray ") and address in line and line.endswith(HOW)
-    told = f"does not take the token of RAY_AUTH_TOKEN_PATH={tmp_path / 'wrong'}" if wrong else "none was shown"
+    told = (
+        f"does not take the token of RAY_AUTH_TOKEN_PATH={tmp_path / 'wrong'}"
+        if wrong
+        else "none was shown (RAY_AUTH_MODE is not set here)"
+    )
     assert told in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml", "wrong"]
 
 
 def test_where_the_token_is_from(tmp_path: Path) -> None:
-    """Ray's order: RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, ~/.ray/auth_token; none when disabled."""
-    home = {"HOME": str(tmp_path)}
+    """Ray's order: RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, ~/.ray/auth_token; none in another mode."""
+    home = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
     default = tmp_path / ".ray" / "auth_token"
     assert token(home) == Token(None, f"there is no {default}")
     default.parent.mkdir()
@@ -88,4 +93,16 @@ def test_where_the_token_is_from(tmp_path: Path) -> None:
     given = named | {"RAY_AUTH_TOKEN": "given"}
     assert token(given) == Token("given", "RAY_AUTH_TOKEN")
     assert token(given | {"RAY_AUTH_MODE": "disabled"}) == Token(None, "RAY_AUTH_MODE is disabled here")
+    assert token(given | {"RAY_AUTH_MODE": "tokn"}) == Token(None, "RAY_AUTH_MODE is tokn here")
+    assert token({"HOME": str(tmp_path)}) == Token(None, "RAY_AUTH_MODE is not set here")
     assert "given" not in refusal("the cluster", token(given)).replace("given (", "")
+
+
+def test_the_token_of_a_local_run_is_private(tmp_path: Path, prunesweep: Prunesweep) -> None:
+    """Ray makes one, for everybody to read, where it starts without a mode."""
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("count: 4", "count: 1").replace("seed: [0, 1]", "seed: 0"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_AUTH_MODE")
+        found = prunesweep("run", "tiny.yaml", HOME=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o077 == 0

@@ -118,13 +118,16 @@ def test_stop_drains_and_resume_goes_on(
     assert code == 0 and f"job {job} runs quick: running, since" in err and "a driver is at work" in err
     code, _, err = in_process(capsys, "stop", "quick", *at)
     assert code == 0 and f"{job}: stopped; what is committed stays" in err
+    again = err.splitlines()[-1].split()
+    assert again[:3] == ["prunesweep", "resume", "quick"] and again[3:5] == list(at)
+    assert again[5:7] == ["--store", quick_jobs.absolute]
     before = committed(quick_jobs)
     assert 1 <= len(before) < 45
     code, out, err = in_process(capsys, "logs", "quick", "-f", *at)
     assert code == 130 and "stopping: what is finished is committed" in out and "interrupted: what was" in out
     assert f"{job}: stopped" in err
     assert left_over(quick_jobs) == []
-    code, out, err = in_process(capsys, "resume", "quick", *at, *quickly())
+    code, out, err = in_process(capsys, *again[1:], *quickly())
     assert code == 0, out + err
     assert len(committed(quick_jobs)) == 45 and before < committed(quick_jobs)
     code, out, _ = in_process(capsys, "ls", *at, "-f", "json")
@@ -195,7 +198,7 @@ def test_how_a_job_failed(status: str, exit_code: int | None, code: int) -> None
     """With the driver's own exit code; as one of ours where it was killed; as the cluster's where it never was."""
     info = SimpleNamespace(status=JobStatus(status), driver_exit_code=exit_code, message="why", metadata={})
     client: Any = SimpleNamespace(get_job_info=lambda name: info)
-    assert _ended(client, "tiny-1") == code
+    assert _ended(client, "tiny-1", "http://head:8265") == code
 
 
 def test_what_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +258,7 @@ def test_env_is_read_here_and_never_told(monkeypatch: pytest.MonkeyPatch) -> Non
     "arguments",
     [
         ["run", "tiny.yaml", "--address", "127.0.0.1:1"],
+        ["run", "tiny.yaml", "--address", "localhost:99999"],
         ["submit", "tiny.yaml", "--address", "http://127.0.0.1:1"],
         ["resume", "tiny", "--address", "http://127.0.0.1:1"],
         ["status", "tiny", "--address", "http://127.0.0.1:1"],
@@ -268,6 +272,27 @@ def test_no_cluster_is_exit_code_4(arguments: list[str], beside_models: Path, pr
     assert found.returncode == 4, found.stderr
     assert "Traceback" not in found.stderr and found.stdout == ""
     assert found.stderr.splitlines()[-1].startswith("prunesweep: ")
+
+
+@pytest.mark.parametrize("command", ["run tiny.yaml", "doctor"])
+def test_a_job_server_s_port_is_no_head(
+    command: str, cluster: Cluster, beside_models: Path, prunesweep: Prunesweep
+) -> None:
+    """Something answers there: Ray itself would try for minutes. Nothing is written."""
+    at = cluster.jobs.removeprefix("http://")
+    found = prunesweep(*command.split(), "--address", at, cwd=beside_models)
+    told = f"no Ray head answers at {at}: give the port that `ray start --head` names"
+    assert found.returncode == 4 and told in found.stderr + found.stdout
+    assert f"a job server is given as {cluster.jobs}" in found.stderr + found.stdout
+    assert not (beside_models / "results").exists()
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "htp://127.0.0.1:8265", "127.0.0.1", ":6379"])
+def test_addresses_of_other_forms(address: str, beside_models: Path, prunesweep: Prunesweep) -> None:
+    """A usage error, before anything is written."""
+    found = prunesweep("run", "tiny.yaml", "--address", address, cwd=beside_models)
+    assert found.returncode == 2 and "give HOST:PORT of a Ray head, or auto" in found.stderr, found.stderr
+    assert not (beside_models / "results").exists()
 
 
 def test_unknown_job(cluster: Cluster, beside_models: Path, prunesweep: Prunesweep) -> None:

@@ -20,7 +20,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.jobs import STOP_WAIT, STORE, SWEEP
+from orchestrator.jobs import DATA_ROOT, STOP_WAIT, STORE, SWEEP
 from orchestrator.render import KINDS, Sweep, groups, kubernetes_name, render
 from orchestrator.spec import Resources, load_spec
 from orchestrator.study import open_document
@@ -160,7 +160,7 @@ def test_a_rayjob_carries_its_sweep(variant: str) -> None:
     folder = next(one["mountPath"] for one in head["containers"][0]["volumeMounts"] if one["name"] == "spec")
     assert shlex.split(job["entrypoint"]) == ["prunesweep", "run", f"{folder}/spec.yaml", *sweep.arguments]
     assert shlex.join(shlex.split(job["entrypoint"])) == job["entrypoint"]  # no quotes, which it would lose on its way
-    assert job["metadata"] == {SWEEP: sweep.name, STORE: sweep.store}
+    assert job["metadata"] == {SWEEP: sweep.name, STORE: sweep.store, DATA_ROOT: sweep.data_root}
     assert job["shutdownAfterJobFinishes"] is True and job["ttlSecondsAfterFinished"] > 0
     assert job["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     assert job["rayClusterSpec"]["rayVersion"] == pinned("ray")

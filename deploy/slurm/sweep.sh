@@ -28,7 +28,8 @@ store=/shared/results
 data_root=/shared/data
 
 # ~/.ray/auth_token, which all nodes see as they see the home folder; the token is made once.
-(umask 077 && ray get-auth-token --generate >/dev/null)
+ray get-auth-token --generate >/dev/null
+chmod 600 ~/.ray/auth_token
 
 spec="$(mktemp)"
 ended="$(mktemp)"

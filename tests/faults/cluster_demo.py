@@ -71,6 +71,7 @@ def _sweep(cluster: Any, here: Path) -> int:
         done = len(Store(store).row_files()[0])
         cluster.remove_node(node, allow_graceful=False)
         _say(f"killed a node that was at work, with {done} of {TASKS} tasks done; the others go on")
+        _say("(in the job's output are the lost node's last lines, as Ray prints them)")
     ended = _prunesweep(here, "logs", job, "-f", *where, check=False)
     sys.stderr.write("".join(f"  {line}\n" for line in ended.stdout.splitlines()))
     print(_prunesweep(here, "corr", "cluster-demo", "--store", str(store)).stdout)
