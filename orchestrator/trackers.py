@@ -68,7 +68,6 @@ class Trackers(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._tell(self._check)
         for measures in result["measures"]:
             self._tell(lambda measures=measures: self._task(trial, measures))
         if result["ending"] is not None:  # the trial, which is a worker, may go on with another shard
@@ -119,6 +118,7 @@ class Trackers(tune.Callback):
         run = self.runs.pop(trial.trial_id, None)
         self.steps.pop(trial.trial_id, None)
         if run is not None:
+            self._tell(self._check)  # Ray drops what has ended as it is told of an end
             self._tell(lambda: self._told.log_trial_end(run, failed))  # pyright: ignore[reportArgumentType]
 
     def _tell(self, what: Callable[[], Any]) -> None:

@@ -144,4 +144,4 @@ def test_a_cluster_through_its_job_server(
     assert code_ == 0, out + err
     lines = {line["check"]: line for line in json.loads(out)}
     assert lines["cluster"]["result"] == lines["there: cluster"]["result"] == OK
-    assert "runs" not in in_process(capsys, "ls", "--address", cluster.jobs)[2]
+    assert "doctor" not in in_process(capsys, "ls", "--address", cluster.jobs)[2]

@@ -15,7 +15,8 @@ from storage.store import Store
 from tests.conftest import TINY, command
 from tests.sweeps import committed, left_over, lose
 
-SLOWER = TINY.replace("epochs: 2, batch_size: 64", "epochs: 150, batch_size: 64")
+SLOWER = TINY.replace("epochs: 2, batch_size: 64", "epochs: 300, batch_size: 64").replace("shard: 2", "shard: 4")
+"""One shard of eight tasks of two seconds: who is asked to stop hears it within three, in the middle of one."""
 
 
 def start_and_wait_for_rows(folder: Path, *arguments: str) -> subprocess.Popen[str]:
