@@ -177,9 +177,11 @@ SLOWEST_FIRST = (
     "test_doctor",
     "test_poison",
     "test_together",
+    "test_nodes",
+    "test_fair",
     "test_interrupt",
     "test_runners",
-    "test_nodes",
+    "test_tracking",
     "test_studies",
 )
 """Files of long tests: begun last, one of them would keep one processor waiting for the other."""

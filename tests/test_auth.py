@@ -98,11 +98,10 @@ def test_where_the_token_is_from(tmp_path: Path) -> None:
     assert "given" not in refusal("the cluster", token(given)).replace("given (", "")
 
 
-def test_the_token_of_a_local_run_is_private(tmp_path: Path, prunesweep: Prunesweep) -> None:
+def test_the_token_of_a_local_run_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray makes one, for everybody to read, where it starts without a mode."""
-    (tmp_path / "tiny.yaml").write_text(TINY.replace("count: 4", "count: 1").replace("seed: [0, 1]", "seed: 0"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_AUTH_MODE")
-        found = prunesweep("run", "tiny.yaml", HOME=str(tmp_path))
-    assert found.returncode == 0, found.stderr
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    sweep = quick(tmp_path, spec(count=1), None, 0.0, HOME=str(tmp_path))
+    code, said = sweep.run("run", "quick.yaml")
+    assert code == 0, said
     assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o077 == 0

@@ -267,10 +267,10 @@ def test_a_sweep_that_needs_all_of_a_node(tmp_path: Path) -> None:
     """Each of four processors is at work: a sweep whose shards ask for all of them is made room for, though it was
     dealt nothing; afterwards the first has them again."""
     first = quick(tmp_path / "a", spec(count=45, seeds=40, resources="candidates_per_shard: 5"))
-    second = quick(tmp_path / "b", spec(count=20, resources="candidates_per_shard: 20, cpus: 4"))
+    second = quick(tmp_path / "b", spec(count=10, resources="candidates_per_shard: 10, cpus: 4"))
     for sweep in (first, second):
         sweep.folder.mkdir()
-        sweep.environment["QUICK_STARVED"] = "15"
+        sweep.environment["QUICK_STARVED"] = "8"
     with node(num_cpus=4) as cluster:
         one = first.start("run", "quick.yaml", "--address", cluster.address)
         assert first.wait_for(lambda: at_work(first) == 4, one)
