@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.auth import refusal
 from orchestrator.cluster import SHIPPED, check_job_server, environment, first_line
 from orchestrator.errors import ClusterError, UserError
+from orchestrator.progress import say
 from storage.records import utc_now
 
 if TYPE_CHECKING:
@@ -113,7 +114,11 @@ def submit_job(address: str, job: Job) -> str:
                 f"this cluster has a job {name} already ({there[name].status.value.lower()}): give another "
                 f"--submission-id, or none; `prunesweep logs {name}` shows its output"
             )
-        return _submit(client, as_ray_takes_it(job, name, Path(folder)))
+        arguments = as_ray_takes_it(job, name, Path(folder))
+        for one in there.values():
+            if job.of_a_sweep and one.metadata == arguments["metadata"] and not one.status.is_terminal():
+                say(f"{one.submission_id} runs {job.sweep} already: both will work on it")
+        return _submit(client, arguments)
 
 
 def as_ray_takes_it(job: Job, name: str, folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from ray.job_submission import JobStatus
 
 from orchestrator.cli_cluster import _ended, _variable
 from orchestrator.errors import UserError
-from orchestrator.jobs import Job, check_size, entrypoint, excluded, find_jobs, job_server, ship
+from orchestrator.jobs import Job, check_size, entrypoint, excluded, find_jobs, job_server, ship, submit_job
 from storage.signs import signs
 from storage.store import Store
 from tests.conftest import TINY, Cluster, Prunesweep, command
@@ -191,6 +192,20 @@ def test_a_laptop_needs_neither_the_data_nor_the_store(
     assert job.words == ("run", "-", "--store", "s3://only-there/results", "--data-root", "/none")
     code, _, err = in_process(capsys, "submit", "tiny.yaml", *at, "--store", "s3://key:hush-7@bucket/results")
     assert code == 5 and "a store's URI holds no credentials" in err and "hush-7" not in err
+
+
+def test_a_sweep_that_runs_already(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second job of it in the same store is taken, and the first is named; one that has ended is not."""
+    about = {"prunesweep_sweep": "tiny", "store": "/shared", "data_root": "/data"}
+    states = ("RUNNING", "STOPPED")
+    there = [SimpleNamespace(submission_id=state, metadata=about, status=JobStatus(state)) for state in states]
+    client = SimpleNamespace(list_jobs=lambda: there, submit_job=lambda **job: job["submission_id"])
+    monkeypatch.setattr("orchestrator.jobs.job_server", lambda address: nullcontext(client))
+    second = Job("tiny", "/shared", (), data_root="/data", submission_id="tiny-2")
+    assert submit_job("http://head:8265", second) == "tiny-2"
+    assert capsys.readouterr().err == "RUNNING runs tiny already: both will work on it\n"
+    submit_job("http://head:8265", Job("tiny", "/elsewhere", (), data_root="/data"))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("status", "exit_code", "code"), [("FAILED", 3, 3), ("FAILED", -9, 1), ("FAILED", None, 4)])
