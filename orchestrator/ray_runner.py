@@ -238,7 +238,8 @@ class Turns(FIFOScheduler):
         """Show what this driver could use besides its share, once it has all of that at work."""
         searcher = self.searcher
         share, wanted = searcher.share(), searcher.queue.wanted(searcher.precision, searcher.driver.elsewhere)
-        more = min(wanted, searcher.room.at_most) - share if len(self.since) >= share else 0
+        idle = len(self.since) < share or searcher.room.sharing.makes_room
+        more = 0 if idle else min(wanted, searcher.room.at_most) - share
         searcher.room.wishes.show(int(more), share)
 
     def ended(self, trial: Any, ending: Ending) -> None:
@@ -339,7 +340,8 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
                 searcher = ShardSearcher(account.queue, precision, common, driver, room)
                 if searcher.has_work():
                     _fit(trainable, searcher, Turns(account, searcher), _trackers(options, driver))
-                else:  # it is at other drivers, or they are made room for
+                else:  # it is at other drivers, or they are made room for: a wish that is granted would be in the way
+                    room.wishes.show(0, 0)
                     account.shown.beat()
                     driver.stop.wait(LOOK_SECONDS)
         finally:

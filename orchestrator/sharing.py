@@ -140,7 +140,7 @@ class Sharing:
             self._looked = now
             with suppress(RayError):
                 self._look(replace(claim, waits=now - self._at_work), places)
-        return min(self._share, len(places)) if self._vacating.leaving else self._share
+        return min(self._share, len(places)) if self.makes_room else self._share
 
     def _look(self, claim: Claim, places: Mapping[str, str]) -> None:
         claims = {**self._board.exchange(self._name, claim), self._name: claim}
@@ -160,6 +160,11 @@ class Sharing:
         over = self._others and running > self._share
         turn = self._crowd and self._clock() - since > TURN_SECONDS
         return over or turn or worker in self._vacating.leaving
+
+    @property
+    def makes_room(self) -> bool:
+        """Whether workers leave for others that have none: nothing more is to be asked for meanwhile."""
+        return bool(self._vacating.leaving)
 
     def leave(self) -> None:
         """Claim nothing any more."""

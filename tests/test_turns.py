@@ -35,8 +35,12 @@ class Run:
         self.queue.waiting = [Shard(name, tuple(tasks(ORACLE, 3)), keep="last") for name in ("s0", "s1", "s2")]
         self.left: list[str] = []
         self.driver = SimpleNamespace(stop=threading.Event(), elsewhere=frozenset(), leave=self.left.append)
-        sharing = SimpleNamespace(gives_way=lambda worker, running, since: False)
-        room = SimpleNamespace(placement=Placement(1, 0), sharing=sharing, now=lambda wanted: 2, places={})
+        self.sharing = SimpleNamespace(gives_way=lambda worker, running, since: False, makes_room=False)
+        self.wished: list[int] = []
+        wishes = SimpleNamespace(show=lambda more, share: self.wished.append(more))
+        room = SimpleNamespace(
+            placement=Placement(1, 0), sharing=self.sharing, now=lambda wanted: 1, places={}, at_most=9, wishes=wishes
+        )
         driver: Any = self.driver
         given: Any = room
         self.searcher = ShardSearcher(self.queue, "fp32", {}, driver, given)
@@ -93,6 +97,15 @@ def test_a_worker_that_was_stopped_tells_the_driver(run: Run) -> None:
     assert run.report(Ending(End.STOPPED)) == TrialScheduler.STOP
     assert run.driver.stop.is_set() and run.begun == []
     assert run.searcher.suggest("another") == ShardSearcher.FINISHED and run.queue.waiting == []
+
+
+def test_nothing_is_wished_for_while_others_are_made_room_for(run: Run) -> None:
+    """A wish that is granted holds a place for a while: the very one that somebody else waits for."""
+    run.report(None)
+    run.turns.wish()
+    run.sharing.makes_room = True
+    run.turns.wish()
+    assert run.wished == [2, 0]
 
 
 def test_a_driver_needs_no_torch() -> None:
