@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 STARVED_SECONDS = 60.0
 """So long a driver has had no worker until others leave places to it: a worker takes some seconds to start."""
 
+AGAIN_SECONDS = 600.0
+"""So long after it was in vain nothing is left to the same driver."""
+
 
 class Vacating:
     """The workers that this driver has leave: enough for one shard of who waits, and as many again whenever that was
@@ -22,26 +25,27 @@ class Vacating:
         self._clock = clock
         self.leaving: frozenset[str] = frozenset()
         self._since = clock()
-        self._in_vain: frozenset[str] = frozenset()
+        self._in_vain: dict[str, float] = {}
 
     def look(self, starved: Mapping[str, int], places: Mapping[str, str]) -> None:
         """What follows from the drivers that have nothing (name -> how many of our shards make room for one of theirs),
         and from where our workers are (worker -> place).
 
-        Once all have left, and that was no help, no notice is taken of those who still have nothing.
+        Once all have left, and that was no help, no notice is taken of those who still have nothing for a while.
         """
-        self._in_vain &= starved.keys()
+        now = self._clock()
+        self._in_vain = {n: since for n, since in self._in_vain.items() if n in starved and now - since < AGAIN_SECONDS}
         wanted = max((n for name, n in starved.items() if name not in self._in_vain), default=0)
         if not wanted:
             self.leaving = frozenset()
         elif self.leaving & places.keys():  # workers end between two tasks
-            self._since = self._clock()
-        elif self.leaving and self._clock() - self._since < STARVED_SECONDS:
+            self._since = now
+        elif self.leaving and now - self._since < STARVED_SECONDS:
             return  # somebody's worker may be starting
         elif places:
             here = Counter(places.values())
             place = min(here, key=lambda one: (here[one], one))
             self.leaving |= set([worker for worker, at in places.items() if at == place][:wanted])
-            self._since = self._clock()
+            self._since = now
         else:
-            self._in_vain, self.leaving = frozenset(starved), frozenset()
+            self._in_vain, self.leaving = dict.fromkeys(starved, now), frozenset()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.sharing import LOOK_SECONDS, TURN_SECONDS, Claim, Sharing, dealt, helped, makes_room, read_claim
-from orchestrator.vacating import STARVED_SECONDS, Vacating
+from orchestrator.vacating import AGAIN_SECONDS, STARVED_SECONDS, Vacating
 from storage.store import Store
 from tests.faults.quick import spec
 from tests.faults.runs import Sweep, quick
@@ -205,6 +205,13 @@ def test_all_places_are_left_at_most_once(x: int, y: int, wanted: int, seconds: 
     leaving.look({}, at(x=1))
     leaving.look(starved, at(x=1))
     assert leaving.leaving == {"x0"}
+    now[0] += STARVED_SECONDS
+    leaving.look(starved, {})
+    leaving.look(starved, at(y=1))
+    assert leaving.leaving == frozenset()
+    now[0] += AGAIN_SECONDS
+    leaving.look(starved, at(y=1))
+    assert leaving.leaving == {"y0"}
 
 
 @contextmanager
@@ -263,6 +270,7 @@ def test_two_sweeps_share_a_cluster(two: Any, tmp_path: Path) -> None:
     assert 0 < len(ids) == len(set(ids)) < 360
 
 
+@pytest.mark.slow
 def test_a_sweep_that_needs_all_of_a_node(tmp_path: Path) -> None:
     """Each of four processors is at work: a sweep whose shards ask for all of them is made room for, though it was
     dealt nothing; afterwards the first has them again."""
@@ -270,7 +278,7 @@ def test_a_sweep_that_needs_all_of_a_node(tmp_path: Path) -> None:
     second = quick(tmp_path / "b", spec(count=10, resources="candidates_per_shard: 10, cpus: 4"))
     for sweep in (first, second):
         sweep.folder.mkdir()
-        sweep.environment["QUICK_STARVED"] = "8"
+        sweep.environment["QUICK_STARVED"] = "20"
     with node(num_cpus=4) as cluster:
         one = first.start("run", "quick.yaml", "--address", cluster.address)
         assert first.wait_for(lambda: at_work(first) == 4, one)
