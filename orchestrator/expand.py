@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from decimal import ROUND_CEILING, Context, Decimal
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,8 @@ from workers.datasets import DataMissing, dataset_content, find_dataset
 
 Layers = tuple[tuple[str, float], ...]
 CALIBRATION = int(CELL_DEFAULTS[SCHEMA_VERSION]["calibration"])
+SHOWN = 4
+"""Layers that a message names one by one."""
 
 
 def cells(spec: SweepSpec, document: Document, data_root: str | None = None) -> Iterator[Cell]:
@@ -43,9 +46,10 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
         dense = Dense(model, dataset, recipe, spec.validation, (*content, *weights))
         points = [(kind, layers) for kind in grid.granularity for layers in _layer_points(spec, model, kind, document)]
         axes = (grid.pruner, grid.pruner_seed, grid.scope, grid.schedule, grid.propagation, grid.precision)
-        for (granularity, layers), pruner, pruner_seed, scope, schedule, propagation, precision, retrain in product(
+        for (granularity, by_scope), pruner, pruner_seed, scope, schedule, propagation, precision, retrain in product(
             points, *axes, spec.retrain
         ):
+            layers = by_scope[scope]
             if problem := problem_of(pruner, scope, granularity, schedule, propagation):
                 raise UserError(f"{document.where(('grid', 'pruner'))}: grid.pruner: {problem}")
             if retrain.lora_rank and (not model.startswith("hf/") or granularity == "weight" or retrain.ema):
@@ -184,19 +188,19 @@ def check_data_fits(spec: SweepSpec, document: Document, data_root: str | None =
             raise UserError(f"{where}: loss_subset: {spec.loss_subset} of {largest} train samples of {name}")
 
 
-def _layer_points(spec: SweepSpec, model: str, granularity: str, document: Document) -> Iterator[Layers]:
-    """The grid points of the layers axis, each with its ratio or ratios."""
+def _layer_points(spec: SweepSpec, model: str, granularity: str, document: Document) -> Iterator[Mapping[str, Layers]]:
+    """The grid points of the layers axis, each with its ratio or ratios: scope -> layers."""
     for i, entry in enumerate(spec.grid.layers):
         fail = _failer(document, "layers", i)
         if isinstance(entry, dict):
             units = _units(model, granularity, fail)
-            yield _removing_some(model, units, _resolve(model, units, entry, fail), fail)
+            yield _by_scope(spec, model, granularity, units, _resolve(model, units, entry, fail), fail)
             continue
         patterns = [entry] if isinstance(entry, str) else entry
         for j, ratio in enumerate(spec.grid.ratio or []):
             units = _units(model, granularity, fail)
             layers = _resolve(model, units, dict.fromkeys(patterns, ratio), fail)
-            yield _removing_some(model, units, layers, _failer(document, "ratio", j))
+            yield _by_scope(spec, model, granularity, units, layers, _failer(document, "ratio", j))
 
 
 def _failer(document: Document, axis: str, index: int) -> Callable[[str], UserError]:
@@ -231,14 +235,55 @@ def _units(model: str, granularity: str, fail: Callable[[str], UserError]) -> di
         raise fail(str(error)) from None
 
 
-def _removing_some(model: str, units: Mapping[str, int], layers: Layers, fail: Callable[[str], UserError]) -> Layers:
-    """`layers`, if each loses some of its units and not all."""
+def _by_scope(
+    spec: SweepSpec,
+    model: str,
+    granularity: str,
+    units: Mapping[str, int],
+    layers: Layers,
+    fail: Callable[[str], UserError],
+) -> dict[str, Layers]:
+    """Return the layers of a point for each scope of the grid. Raise UserError for a layer that loses all its units,
+    or none. With `skip_small_layers`, a layer that loses none is left out.
+
+    Scope global has one rounding over all layers (`_check_together`), so each layer may lose none.
+    """
+    if set(spec.grid.scope) == {"global"}:
+        return {"global": layers}
+    noun = "weights" if granularity == "weight" else "units"
+    removed = {name: n_removed(units[name], ratio) for name, ratio in layers}
     for name, ratio in layers:
-        removed = n_removed(units[name], ratio)
-        if not 0 < removed < units[name]:
-            what = "nothing" if removed == 0 else "everything"
-            raise fail(f"ratio {ratio} removes {what} of the {units[name]} units of {name} of {model}")
-    return layers
+        if removed[name] >= units[name]:
+            raise fail(f"ratio {ratio} removes everything of the {units[name]} {noun} of {name} of {model}; lower it")
+    rest = tuple(layer for layer in layers if removed[layer[0]])
+    if len(rest) < len(layers) and not (rest and spec.skip_small_layers):
+        small = {name: units[name] for name, _ in layers if not removed[name]}
+        ratios = sorted({ratio for name, ratio in layers if name in small})
+        raise fail(_too_small(model, small, ratios, noun, skippable=bool(rest)))
+    return {scope: layers if scope == "global" else rest for scope in spec.grid.scope}
+
+
+def _too_small(model: str, small: Mapping[str, int], ratios: list[float], noun: str, *, skippable: bool) -> str:
+    """Return the message for layers that lose nothing: layer -> units, and which ratios work."""
+    if len(small) == 1:
+        ((name, n),) = small.items()
+        of = f"of the {n} {noun} of {name} of {model}"
+    else:
+        shown = [f"{name} has {n}" for name, n in list(small.items())[:SHOWN]]
+        more = [f"and {len(small) - SHOWN} more"] if len(small) > SHOWN else []
+        of = f"of the {noun} of {len(small)} layers of {model} ({', '.join([*shown, *more])})"
+    least = min(small.values())
+    if least > 1:
+        todo = f"use a ratio of at least {smallest_ratio(least)}"
+    else:
+        todo = f"no ratio can prune a layer that has 1 of these {noun}: name other layers"
+    skip = ", or set skip_small_layers: true, which leaves such layers out" if skippable else ""
+    return f"ratio {' or '.join(map(str, ratios))} removes nothing {of}; {todo}{skip}"
+
+
+def smallest_ratio(n: int) -> float:
+    """Return the smallest ratio that removes one of `n` units, n > 1, rounded up to three significant digits."""
+    return float(Context(prec=3, rounding=ROUND_CEILING).divide(Decimal(1), Decimal(n)))
 
 
 def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
@@ -267,11 +312,14 @@ def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
 
 
 def _check_together(cell: Cell, document: Document) -> None:
-    """Each layer is to keep something, wherever the others lose it."""
+    """All layers together are to lose something, and each layer is to keep something, wherever the others lose it."""
     known = weight_layers(cell.dense.model) if cell.granularity == "weight" else layer_units(cell.dense.model)
     units, ratios = [known[name] for name, _ in cell.layers], [ratio for _, ratio in cell.layers]
-    if (removed := n_removed_together(units, ratios)) > sum(units) - len(units):
-        where = document.where(("grid", "scope"))
+    where = document.where(("grid", "scope"))
+    if not (removed := n_removed_together(units, ratios)):
+        todo = f"use a ratio of at least {smallest_ratio(sum(units))}" if sum(units) > 1 else "name more layers"
+        raise UserError(f"{where}: grid.scope: nothing of the {sum(units)} units of {cell} is removed; {todo}")
+    if removed > sum(units) - len(units):
         raise UserError(
             f"{where}: grid.scope: of the {sum(units)} units of {cell} together {removed} are removed, which leaves "
             f"none in one of {len(units)} layers: use a lower ratio"

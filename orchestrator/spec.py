@@ -242,7 +242,10 @@ class Resources(Strict):
 
 
 class SweepSpec(Strict):
-    """A sweep: a grid, the candidates, and the recipes."""
+    """A sweep: a grid, the candidates, and the recipes.
+
+    `skip_small_layers` is in no id: what it leaves out is not among a cell's layers.
+    """
 
     name: str
     grid: Grid
@@ -252,6 +255,7 @@ class SweepSpec(Strict):
     validation: Annotated[Number, Field(lt=1)] = 0.0
     loss_subset: Count | None = None
     calibration: Count = 256
+    skip_small_layers: bool = False
     resources: Resources = Resources()
 
 

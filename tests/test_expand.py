@@ -21,6 +21,7 @@ from orchestrator.documents import Document
 from orchestrator.errors import UserError
 from orchestrator.spec import load_spec
 from orchestrator.study import open_document
+from pruners.candidates import n_removed
 from storage.records import Cell, Task
 from tests import specs
 
@@ -244,6 +245,90 @@ def test_digits_study() -> None:
 def cells(document: Document) -> list[Cell]:
     """Every cell of a document."""
     return list(expand.cells(load_spec(document), document))
+
+
+@given(st.integers(2, 10**9), st.integers(0, 10**6))
+def test_the_ratio_that_a_message_names_works(least: int, more: int) -> None:
+    """It removes a unit, and not all, of the smallest layer and of any larger one; it is the smallest to 1 %."""
+    ratio = expand.smallest_ratio(least)
+    assert n_removed(least, ratio) == 1
+    assert 1 <= n_removed(least + more, ratio) < least + more
+    assert n_removed(least, ratio / 1.02) == 0
+
+
+SMALL = {"model": "lenet5", "layers": "*", "ratio": 0.1, "pruner": "l1"}  # conv1 has 6 units, conv2 has 16
+
+
+def refusal(grid: dict[str, Any], **keys: Any) -> str:
+    """The message for a grid that cannot be expanded."""
+    with pytest.raises(UserError) as error:
+        cells(specs.document(grid, **keys))
+    return str(error.value)
+
+
+def test_a_small_layer_is_named_with_the_ratios_that_work() -> None:
+    """Following either half of the message gives a cell."""
+    assert refusal(SMALL).startswith("made.yaml:1:")
+    assert refusal(SMALL).endswith(
+        "grid.ratio: ratio 0.1 removes nothing of the 6 units of conv1 of lenet5; use a ratio of at least 0.167, or "
+        "set skip_small_layers: true, which leaves such layers out"
+    )
+    (cell,) = cells(specs.document(SMALL | {"ratio": 0.167}))
+    assert [name for name, _ in cell.layers] == ["conv1", "conv2", "conv3", "fc1"]
+    (cell,) = cells(specs.document(SMALL, skip_small_layers=True))
+    assert [name for name, _ in cell.layers] == ["conv2", "conv3", "fc1"]
+
+
+def test_only_a_few_small_layers_are_named() -> None:
+    """A network of many layers is not listed whole, and the smallest of them sets the ratio."""
+    found = refusal({"model": "resnet20", "dataset": "cifar10", "layers": "*", "ratio": 0.02, "pruner": "l1"})
+    assert "removes nothing of the units of 6 layers of resnet20 (layer1.0.conv1 has 16, " in found
+    assert "layer2.0.conv1 has 32, and 2 more); use a ratio of at least 0.0625, or set skip" in found
+
+
+def test_layers_left_out_are_in_no_id() -> None:
+    """A cell is what is pruned: the key alone changes nothing, and what it leaves out is as if it was not named."""
+    skipping = {"skip_small_layers": True}
+    usual = specs.document({"layers": ["conv1", "*"], "ratio": [0.2, 0.5], "pruner": "l1"})
+    same = specs.document({"layers": ["conv1", "*"], "ratio": [0.2, 0.5], "pruner": "l1"}, **skipping)
+    assert specs.ids(usual) == specs.ids(same)
+    named = specs.document(SMALL | {"layers": [["conv2", "conv3", "fc1"]]})
+    assert specs.ids(specs.document(SMALL, **skipping)) == specs.ids(named)
+    own = SMALL | {"layers": [{"conv*": 0.1, "fc1": 0.2}], "ratio": None}
+    (cell,) = cells(specs.document(own, **skipping))
+    assert cell.layers == (("conv2", 0.1), ("conv3", 0.1), ("fc1", 0.2))
+    document = specs.document(SMALL)
+    document.override("skip_small_layers=true")
+    assert specs.ids(document) == specs.ids(named)
+
+
+def test_a_cell_without_layers_is_refused() -> None:
+    """A layer named alone that loses nothing is an error with the key as well, and the key is not offered."""
+    for entry in ("conv1", ["conv1"], {"conv1": 0.1}):
+        grid = SMALL | {"layers": [entry]} | ({"ratio": None} if isinstance(entry, dict) else {})
+        for skip in (False, True):
+            found = refusal(grid, skip_small_layers=skip)
+            assert found.endswith("removes nothing of the 6 units of conv1 of lenet5; use a ratio of at least 0.167")
+
+
+def test_weights_are_counted_as_units_are() -> None:
+    """With granularity weight the message counts weights, and the key leaves out the layers with too few."""
+    grid = {"layers": "*", "ratio": 0.002, "pruner": "l1", "granularity": "weight"}  # conv1 has 250 weights
+    assert "removes nothing of the weights of 3 layers of lenet5_mini (conv1 has 250, fc1 has" in refusal(grid)
+    (cell,) = cells(specs.document(grid, skip_small_layers=True))
+    assert [name for name, _ in cell.layers] == ["conv2", "conv3"]
+
+
+def test_scope_global_rounds_once() -> None:
+    """Ranked together, no single layer has to lose a unit: nothing is left out, and all together must lose one."""
+    both = specs.document(SMALL | {"scope": ["local", "global"]}, skip_small_layers=True)
+    local, together = cells(both)
+    assert [len(cell.layers) for cell in (local, together)] == [3, 4]
+    assert cells(specs.document(SMALL | {"scope": "global"})) == [together]
+    assert "conv1" in refusal(SMALL | {"scope": ["local", "global"]})
+    found = refusal(SMALL | {"scope": "global", "ratio": 0.004})
+    assert "nothing of the 226 units of lenet5 synthetic" in found and "use a ratio of at least 0.00443" in found
+    assert len(cells(specs.document(SMALL | {"scope": "global", "ratio": 0.00443}))) == 1
 
 
 def test_low_rank_additions_are_for_language_models() -> None:

@@ -95,7 +95,17 @@ BAD = [
     ("  layers: [conv1, »{conv2: many}]", "grid.layers.1", "'many' is not a number"),
     ("  layers: [conv1, »{conv2: true}]", "grid.layers.1", "True is not a number"),
     ("  layers: [conv1, »{conv2: 1.5}]", "grid.layers.1", "1.5 is not a pruning ratio"),
-    ("  layers: [conv1, »{conv2: 0.01}]", "grid.layers.1", "ratio 0.01 removes nothing of the 10 units of conv2"),
+    (
+        "  layers: [conv1, »{conv2: 0.01}]",
+        "grid.layers.1",
+        "ratio 0.01 removes nothing of the 10 units of conv2; use a ratio of at least 0.1",
+    ),
+    (
+        "  layers: [conv1, »{conv1: 0.5, conv2: 0.01, conv3: 0.02}]",
+        "grid.layers.1",
+        "ratio 0.01 or 0.02 removes nothing of the units of 2 layers of lenet5_mini (conv2 has 10, conv3 has 10); "
+        "use a ratio of at least 0.1, or set skip_small_layers: true",
+    ),
     ("  layers: [conv1, »{conv2: 0.2, 'conv*': 0.4}]", "grid.layers.1", "conv2; is given two ratios, 0.2 and 0.4"),
     ("  »ratio: 0", "grid.ratio", "0.0 is not a pruning ratio; more than 0 and less than 1"),
     ("  »ratio: 1", "grid.ratio", "1.0 is not a pruning ratio"),
@@ -163,6 +173,7 @@ BAD = [
         "greater than or equal to 1",
     ),
     ("»validation: 1", "validation", "less than 1, not 1"),
+    ("»skip_small_layers: [1]", "skip_small_layers", "valid boolean, not [1]"),
     ("»validation: true", "validation", "valid number, not True"),
     ("»loss_subset: 1438", "loss_subset", "1438 of 1437 train samples of digits"),
     ("»resources: null", "resources", "a mapping of keys to values, not None"),
