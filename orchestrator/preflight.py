@@ -246,7 +246,11 @@ def check_pruning(model: nn.Module, layers: Layers, granularity: str, probe: tor
         return None
     units = {name: len_of(model, name) for name, _ in layers}
     draw = random.Random(0)
-    removed = {name: tuple(sorted(draw.sample(range(units[name]), n_removed(units[name], r)))) for name, r in layers}
+    # With scope global a layer alone may lose nothing: a unit of each is tried all the same.
+    removed = {
+        name: tuple(sorted(draw.sample(range(n), min(n - 1, max(1, n_removed(n, r))))))
+        for name, r, n in ((name, r, units[name]) for name, r in layers)
+    }
     return _pruned(model, {name: chosen for name, chosen in removed.items() if chosen}, probe)
 
 
