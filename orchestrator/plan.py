@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from orchestrator import expand
 from orchestrator.documents import Document
 from orchestrator.errors import UserError
+from orchestrator.minibatches import check_minibatches
 from orchestrator.spec import SweepSpec, load_spec
 from storage.commit import room
 from storage.errors import StoreError
@@ -128,6 +129,7 @@ def check(document: Document, data_root: str | None = None) -> SweepSpec:
     for _ in expand.cells(spec, document, data_root):
         pass
     expand.check_data_fits(spec, document, data_root)
+    check_minibatches(spec, document, data_root)
     return spec
 
 

@@ -370,6 +370,8 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
         "query from<rows",
         "corr made",
         "plan digits",
+        "plan digits --set grid.model=resnet20 --set grid.layers=layer1.0.conv1",
+        "plan digits --set dense.batch_size=4",
         "plot made -o f.svg",
     ],
 )
