@@ -1,9 +1,16 @@
-"""Weights from files: read safely, and put into a network only where all of them fit."""
+"""Weights from files: read safely, and put into a network only where all of them fit.
+
+Every user file, of weights or data, is opened by `open_regular` and named in messages by `shown`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
+import re
+import stat
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +24,9 @@ SHOWN = 4
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
+_SERIALIZATION_ID = ".data/serialization_id"
+"""The member of a torch.save archive that is a checksum of the others in the order in which torch wrote them."""
+
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "params")
 
 
@@ -25,10 +35,80 @@ def is_file(weights: str) -> bool:
     return "/" in weights or Path(weights).suffix in SUFFIXES
 
 
+class NotRegular(OSError):
+    """A path that leads to a folder, FIFO, socket or device."""
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file to read bytes, after links are followed, only if the file is regular.
+
+    A FIFO would block and a device may never end. Raises NotRegular, or another OSError.
+    """
+    kind = stat.S_IFMT(path.stat().st_mode)
+    if kind != stat.S_IFREG:
+        raise NotRegular(f"{shown(path)} is {_KINDS.get(kind, 'a special file')}; only a regular file can be read")
+    # The flag keeps open() from blocking where a FIFO replaces the file after the check.
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def shown(path: str | Path) -> str:
+    r"""Return a path as text that can be printed: bytes that are not UTF-8 as \xNN, control characters escaped."""
+    return "".join(char if char.isprintable() else _escaped(char) for char in str(path))
+
+
+def _escaped(char: str) -> str:
+    return f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else ascii(char)[1:-1]
+
+
 def file_hash(path: Path) -> str:
-    """16 hex digits of sha256 over a local file: what it is known by."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    """Return 16 hex digits of sha256 that identify a local file of weights.
+
+    The digits of a torch.save archive depend on its members, not on the file name that torch writes into it. All
+    bytes of any other file count. Raises OSError.
+    """
+    with open_regular(path) as file:
+        whole = None if path.suffix == ".safetensors" else _archive_hash(file)
+        if whole is None:
+            file.seek(0)
+            whole = hashlib.file_digest(file, "sha256").hexdigest()
+    return whole[:16]
+
+
+def _archive_hash(file: io.BufferedReader) -> str | None:
+    """Return sha256 over the members of a torch.save archive, by their names without the common folder; None where
+    the file is not such an archive or is damaged."""
+    if file.read(4) != b"PK\x03\x04":
+        return None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            every = archive.infolist()
+            members = {member.filename.partition("/")[2]: member for member in every}
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in every)
+            if len({member.filename.partition("/")[0] for member in every}) > 1 or len(members) < len(every):
+                return None
+            # torch stores without compression, so a member larger than the file is damage.
+            if not stored or sum(member.file_size for member in every) > os.fstat(file.fileno()).st_size:
+                return None
+            members.pop(_SERIALIZATION_ID, None)
+            whole = hashlib.sha256()
+            for name, member in sorted(members.items()):
+                with archive.open(member) as part:
+                    held = hashlib.file_digest(part, "sha256").hexdigest()  # type: ignore[arg-type]
+                whole.update(f"{name}\0{held}\n".encode(errors="surrogatepass"))
+            return whole.hexdigest()
+    except OSError:
+        raise
+    except Exception:  # of another kind for each way to be broken
+        return None
 
 
 def put(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None:
@@ -41,8 +121,8 @@ def put(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None
     ]
     if found := [p for p in problems if p]:
         raise ValueError(
-            f"{where} does not fit the network: {'; '.join(found)}. Give a file of exactly this network, with as many "
-            "classes as the data set has"
+            f"{shown(where)} does not fit the network: {'; '.join(found)}. Give a file of exactly this network, "
+            "with as many classes as the data set has"
         )
     model.load_state_dict(dict(state), strict=False)
 
@@ -54,7 +134,7 @@ def read(where: str) -> dict[str, torch.Tensor]:
         return _parsed(where, _safetensors)
     if suffix in SUFFIXES:
         return _unwrapped(_parsed(where, _torch), where)
-    raise ValueError(f"{where}: weights are a .safetensors file or a .pt/.pth file with a state dict")
+    raise ValueError(f"{shown(where)}: weights are a .safetensors file or a .pt/.pth file with a state dict")
 
 
 def content(where: str) -> bytes:
@@ -69,20 +149,44 @@ def content(where: str) -> bytes:
             from pyarrow import fs
 
             system, path = fs.FileSystem.from_uri(where)
+            if not system.get_file_info(path).is_file:
+                raise ValueError("the address is not that of a regular file")
             with system.open_input_file(path) as file:
                 return file.read()
-        return Path(where).expanduser().read_bytes()
+        with open_regular(Path(where).expanduser()) as file:
+            return file.read()
     except (OSError, ValueError) as error:
-        raise ValueError(f"the weights {where} cannot be read: {error}") from error
+        raise ValueError(f"the weights {shown(where)} cannot be read: {error}") from error
 
 
 def _parsed(where: str, parse: Any) -> Any:
     raw = content(where)
     try:
         return parse(raw)
+    except MemoryError:
+        raise
     except Exception as error:  # of another kind for each way to be broken
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{where} is damaged or holds more than tensors, and is not loaded: {reason}") from error
+        # Without the cause: torch's message advises to load the file unsafely.
+        raise ValueError(
+            f"{shown(where)} is damaged or holds more than tensors: {_reason(raw, error)}. Allowed: a .safetensors "
+            "file, or a .pt/.pth file with a state dict of tensors alone. Copy the file again, or save "
+            "`model.state_dict()` alone"
+        ) from None
+
+
+def _reason(raw: bytes, error: Exception) -> str:
+    """Return why a file cannot be parsed, without torch's advice on `weights_only`."""
+    said = str(error)
+    if not raw:
+        return "it is empty"
+    if found := re.search(r"GLOBAL (\S+)", said):
+        return f"it holds the Python object {found[1]}"
+    if "TorchScript" in said:
+        return "it is a TorchScript archive"
+    if "weights_only" in said or "Weights only" in said:
+        return "its pickle cannot be read"
+    first = re.split(r"\n|\. ", said)[0].removesuffix(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _safetensors(raw: bytes) -> Any:
@@ -105,7 +209,7 @@ def _unwrapped(loaded: Any, where: str) -> dict[str, torch.Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-        raise ValueError(f"{where} holds no state dict (names and tensors)")
+        raise ValueError(f"{shown(where)} holds no state dict (names and tensors)")
     inside = all(name.startswith("module.") for name in loaded)
     return {name.removeprefix("module.") if inside else name: tensor for name, tensor in loaded.items()}
 
