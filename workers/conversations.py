@@ -10,6 +10,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from models.weights import open_regular, shown
+
 IMAGE = "<image>"
 """Stands in a question where the image is."""
 
@@ -40,18 +42,28 @@ class Item:
 
 def read_items(file: Path, images: Path) -> list[Item]:
     """The items of a file; their images lie in the folder `images`. Raises ValueError naming file and item."""
-    return [item_of(data, f"{file}: item {_id(data, at)}", at, images) for at, data in enumerate(read_list(file))]
+    return [
+        item_of(data, f"{shown(file)}: item {_id(data, at)}", at, images) for at, data in enumerate(read_list(file))
+    ]
 
 
 def read_list(file: Path) -> list[Any]:
     """A JSON file's list. Raises ValueError."""
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+    found = read_json(file)
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{file} is no list of items (LLaVA's format: id, image, conversations)")
+        raise ValueError(f"{shown(file)} is no list of items (LLaVA's format: id, image, conversations)")
     return found
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises ValueError."""
+    try:
+        with open_regular(file) as opened:
+            return json.load(opened)
+    except OSError as error:
+        raise ValueError(f"{shown(file)} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{shown(file)} is no JSON: {error}") from error
 
 
 def item_of(data: Any, where: str, at: int, images: Path) -> Item:
@@ -59,10 +71,11 @@ def item_of(data: Any, where: str, at: int, images: Path) -> Item:
     if not isinstance(data, dict) or not isinstance(data.get("conversations"), list):
         raise ValueError(f"{where} has no list `conversations`")
     if not isinstance(data.get("image"), str):
-        raise ValueError(f"{where} names no image: every item needs one, a file under {images}")
+        raise ValueError(f"{where} names no image: every item needs one, a file under {shown(images)}")
     image = images / data["image"]
     if not image.is_file():
-        raise ValueError(f"{where}: there is no image {image}")
+        wrong = "the image is not a regular file:" if image.exists() else "there is no image"
+        raise ValueError(f"{where}: {wrong} {shown(image)}; `image` names a file under {shown(images)}")
     turns = tuple(_turns(data["conversations"], where))
     letters = tuple(_letters(data, turns, where))
     return Item(str(_id(data, at)), image, turns, letters)

@@ -144,8 +144,8 @@ class Dataset:
     damaged: tuple[str, ...] = ()
 
     def missing(self, data_root: str | Path) -> list[str]:
-        """Those of `files` that are not under `data_root`."""
-        return [name for name in self.files if not (Path(data_root) / name).exists()]
+        """Those of `files` that are not under `data_root` as regular files: torchvision would open a FIFO."""
+        return [name for name in self.files if not (Path(data_root) / name).is_file()]
 
 
 def _mnist_like(name: str, source: str, mean: float, std: float) -> Dataset:

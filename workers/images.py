@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch.utils import data as loading
 
+from models.weights import shown
 from workers.datasets import Split, normalised
+from workers.folders import picture
 
 if TYPE_CHECKING:
     from workers.augment import Draws
@@ -67,15 +69,12 @@ def _mean_and_std(images: np.ndarray) -> tuple[Color, Color]:
 
 def _opened(root: Path, path: str) -> Any:
     """A decoded picture in three colours. Raises ValueError naming a file that has changed since it was looked at."""
-    from PIL import Image
-
     try:
-        with Image.open(root / path) as image:
-            return image.convert("RGB")
+        return picture(root / path)
     except MemoryError:
         raise
     except Exception as error:  # its decoders raise many kinds
-        raise ValueError(f"{root / path} could be read before and cannot now: {error}") from error
+        raise ValueError(f"{shown(root / path)} could be read before and cannot now: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ them: it may be a link to a checkpoint's folder. What is prepared depends on it,
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.multimodal import hash_of
-from workers.conversations import IMAGE, Item, read_items, read_list
+from models.weights import open_regular, shown
+from workers.conversations import IMAGE, Item, read_items, read_json, read_list
 from workers.datasets import DataMissing, Dataset, Split
+from workers.folders import Unsupported, picture
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,7 @@ def find_llava(path: str) -> Dataset:
                 "networks' tokenizer and image processor, or a link to one"
             )
     train, test = (len(read_list(folder / name)) for name in FILES[:2])
+    _processor_files(folder / "processor")
     height, width = _image_size(folder / "processor")
     shape, words = (3, height, width), _vocabulary(folder / "processor")
     return Dataset(f"llava:{path}", lambda _: load_llava(folder), train, test, shape, words)
@@ -57,9 +60,33 @@ def llava_content(path: str) -> str:
     find_llava(path)
     folder = Path(path)
     items = [item for name in FILES[:2] for item in read_items(folder / name, folder / "images")]
-    processor = [file for file in (folder / "processor").iterdir() if file.suffix in (".json", ".model", ".jinja")]
+    processor = [
+        file for file in _processor_files(folder / "processor") if file.suffix in (".json", ".model", ".jinja")
+    ]
     parts = [*(folder / name for name in FILES[:2]), *processor, *{item.image for item in items}]
-    return hash_of(folder, parts)
+    return _hash_of(folder, parts)
+
+
+def _hash_of(folder: Path, files: Iterable[Path]) -> str:
+    """16 hex digits of sha256 over files of a folder, by their paths in it, UTF-8 or not, and their content."""
+    whole = hashlib.sha256()
+    for path in sorted(files):
+        with open_regular(path) as file:
+            held = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(os.fsencode(path.relative_to(folder)) + f"\0{held}\n".encode())
+    return whole.hexdigest()[:16]
+
+
+def _processor_files(folder: Path) -> list[Path]:
+    """The files of a processor, without hidden ones. Raises ValueError for a FIFO, socket or device, which
+    transformers would open."""
+    if not folder.is_dir():
+        raise ValueError(f"{shown(folder)} is not a folder of a tokenizer and image processor")
+    paths = [path for path in folder.iterdir() if path.exists() and not path.name.startswith(".")]
+    files = [path for path in paths if not path.is_dir()]
+    if special := [path for path in files if not path.is_file()]:
+        raise ValueError(f"{shown(special[0])} is not a regular file; replace or remove it")
+    return files
 
 
 def load_llava(folder: Path) -> tuple[Split, Split]:
@@ -97,7 +124,7 @@ def encoded_item(item: Item, processor: Any) -> Encoded:
     tokens, places = _tokenised(text, processor)
     answers = [at for at, (a, b) in enumerate(places) if at and any(a < end and b > begin for begin, end in spans)]
     if not answers:
-        raise ValueError(f"{item.image}: item {item.id}: no token is an answer's: {text!r}")
+        raise ValueError(f"{shown(item.image)}: item {item.id}: no token is an answer's: {text!r}")
     if not item.letters:
         return Encoded(tuple(tokens), tuple(answers))
     begin, end = spans[-1]
@@ -172,15 +199,21 @@ def _tokenised(text: str, processor: Any) -> tuple[list[int], list[tuple[int, in
 
 def _pixels(item: Item, processor: Any) -> torch.Tensor:
     """An item's image, [3, H, W], float32. Raises ValueError where it is damaged."""
-    from PIL import Image
-
     try:
-        with Image.open(item.image) as image:
-            pixels = processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-    except OSError as error:
-        raise ValueError(f"item {item.id}: the image {item.image} is damaged: {error}") from error
+        image = picture(item.image)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders raise many kinds
+        kind = "cannot be used" if isinstance(error, Unsupported) else "is damaged"
+        raise ValueError(
+            f"item {item.id}: the image {shown(item.image)} {kind}: {error}. Allowed: levels of 8 or 16 bits, and "
+            "floats from 0 to 1. Convert or replace it"
+        ) from error
+    pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     if pixels.shape[1:] != (3, *_size_of(processor.image_processor.to_dict())):
-        raise ValueError(f"the data set's processor makes {list(pixels.shape)} of {item.image}: one view is needed")
+        raise ValueError(
+            f"the data set's processor makes {list(pixels.shape)} of {shown(item.image)}: one view is needed"
+        )
     return pixels[0].float()
 
 
@@ -228,7 +261,7 @@ def _image_size(processor: Path) -> tuple[int, int]:
     """(height, width) of the images a processor makes, out of its JSON files. Raises ValueError."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (processor / name).exists():
-            config = json.loads((processor / name).read_text())
+            config = read_json(processor / name)
             config = config.get("image_processor", config)
             if "size" in config or "crop_size" in config:
                 return _size_of(config)
@@ -250,7 +283,7 @@ def _vocabulary(processor: Path) -> int:
     file = processor / "tokenizer.json"
     if not file.exists():
         raise ValueError(f"{processor} has no tokenizer.json, which says where in a text each token is")
-    found = json.loads(file.read_text())
+    found = read_json(file)
     own = found["model"]["vocab"]
     ids = own.values() if isinstance(own, dict) else range(len(own))
     return 1 + max([*ids, *(token["id"] for token in found.get("added_tokens", ()))])
