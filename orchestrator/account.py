@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.endings import End, Ending
 from orchestrator.progress import Progress, say
@@ -33,6 +33,7 @@ class Account:
     store: Store
     queue: Queue
     shown: Progress
+    said: dict[str, object] = field(default_factory=dict)
 
     def row(self, row: Row) -> None:
         """A task's row is durable."""
@@ -56,8 +57,15 @@ class Account:
             self._bury(burial)
 
     def say_all(self, messages: Iterable[str]) -> None:
-        """What workers want said."""
+        """Report the messages of workers."""
         for message in messages:
+            self.say(message)
+
+    def say(self, message: str) -> None:
+        """Report a message of a worker once, though it comes by the worker's note and by its result, and several
+        workers may have the same. Any thread may call this."""
+        mine = object()
+        if self.said.setdefault(message, mine) is mine:
             say(message)
 
     def _bury(self, burial: Burial) -> None:

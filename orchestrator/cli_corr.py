@@ -110,6 +110,7 @@ def corr(
         table, claims = correlations(opened, sweep, x, y, where, show=show, resamples=times, every=intervals == "all")
         say_left_out(claims)
     emit_correlations(table, form, output)
+    say_fallbacks(opened, sweep)
     say_notes(form, show, y)
 
 
@@ -124,6 +125,16 @@ def say_notes(form: str, show: str = "cells", y: str = DEFAULT_Y) -> None:
         click.echo(NOTES[show], err=True)
     if y.startswith("best_") and show in ("cells", "all"):
         click.echo(BEST_NOTE, err=True)
+
+
+def say_fallbacks(store: Store, sweep: str) -> None:
+    """Report the tasks that a fault sent to a slower back-end: their numbers after retraining are of another
+    execution."""
+    from orchestrator.progress import slower
+    from storage.fallbacks import fallbacks
+
+    for fallback in fallbacks(store, sweep):
+        click.echo(slower(fallback), err=True)
 
 
 def correlations(

@@ -117,7 +117,7 @@ def status(
 
 def _say_standing(sweep: str, found: Standing) -> None:
     """What is true of the whole sweep, in lines for a person."""
-    from orchestrator.progress import duration, some
+    from orchestrator.progress import duration, slower, some
 
     whole = found.whole
     counts = ", ".join(f"{whole[state]} {state}" for state in ("done", "failed", "running", "pending"))
@@ -129,6 +129,8 @@ def _say_standing(sweep: str, found: Standing) -> None:
         last = (one["example_error"] or "").strip().splitlines()[-1:]
         example = f"{one['example_task']}: {''.join(last)}"
         click.echo(f"failed: {one['error_class']}, {some(one['tasks'], 'task')}, as {example}", err=True)
+    for fallback in found.fallbacks:
+        click.echo(slower(fallback), err=True)
     for driver in found.drivers:
         sign = f"last sign of life {driver['seconds_since_sign']:.0f} s ago"
         where = f"on {driver['host']}, process {driver['pid']}, since {driver['started_at']} UTC"

@@ -243,11 +243,12 @@ def _resume_command(sweep: str, store: str, data_root: str, address: str | None,
 def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form: str, output: Any) -> None:
     """Print the table, then what went wrong; exit 3 if anything did."""
     from orchestrator.cli import FAILED_TASKS
-    from orchestrator.cli_corr import correlations, emit_correlations, say_notes
+    from orchestrator.cli_corr import correlations, emit_correlations, say_fallbacks, say_notes
     from orchestrator.progress import some
 
     if outcome.done:
         emit_correlations(correlations(store, outcome.sweep)[0], form, output)
+        say_fallbacks(store, outcome.sweep)
         say_notes(form)
     for problem in outcome.problems:
         click.echo(f"problem: {problem}", err=True)

@@ -52,6 +52,7 @@ class Driver:
         self.stop = threading.Event()
         self.elsewhere: frozenset[str] = frozenset()
         self.end_worker: Callable[[Mapping[str, Any]], None] = lambda _: None
+        self.report: Callable[[str], None] = lambda _: None
         self._beats: dict[str, tuple[str, float]] = {}
         self._told = self._hurried = False
 
@@ -83,7 +84,7 @@ class Driver:
         return max(mine.values(), key=lambda note: note["beat_at"], default=None)
 
     def _look(self) -> None:
-        """Called by the thread: what is elsewhere, who is frozen, whether to stop."""
+        """Called by the thread: what is elsewhere, what workers report, who is frozen, whether to stop."""
         try:
             if self.stop.is_set():
                 self._pass_on_the_wish()
@@ -96,6 +97,8 @@ class Driver:
         others = [n for n in notes.values() if n.get("driver") != self.id and n.get("shard") and counts(n)]
         self.elsewhere = frozenset(filed_under(str(note["shard"])) for note in others)
         for name, note in notes.items():
+            for message in note.get("messages", ()) if note.get("driver") == self.id else ():
+                self.report(message)
             if note.get("driver") == self.id and note.get("node") and self._is_frozen(name, note["beat_at"]):
                 self.end_worker(note)
 

@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from storage.fallbacks import Fallback
 
 HEARTBEAT_SECONDS = 15.0
 
@@ -63,6 +66,16 @@ class Progress:
 def say(text: str) -> None:
     """A message for the person, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+CELLS_NAMED = 5
+
+
+def slower(found: Fallback) -> str:
+    """Return the line that reports tasks on a slower back-end: their number, cells and back-end, and the reason."""
+    more = len(found.cells) - CELLS_NAMED
+    cells = ", ".join(found.cells[:CELLS_NAMED]) + (f" and {some(more, 'more cell')}" if more > 0 else "")
+    return f"slower: {some(found.tasks, 'task')} ran on the {found.backend} back-end: {found.reason} ({cells})"
 
 
 def some(n: int, thing: str) -> str:

@@ -186,6 +186,7 @@ def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
         heeding_signals(driver.stop),
     ):
         account = Account(store, queue, shown)
+        driver.report = account.say
         if options.inline:
             if options.processes > 1:
                 raise UserError("--inline is one process: leave it out, or set resources.processes to 1")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from orchestrator.drivers import drivers
+from storage.fallbacks import Fallback, fallbacks
 from storage.records import utc_now
 from storage.signs import age, living
 from storage.sql import quoted, views
@@ -54,6 +55,7 @@ class Standing:
     whole: dict[str, Any]
     failures: list[dict[str, Any]]
     drivers: list[dict[str, Any]]
+    fallbacks: list[Fallback]
 
 
 def standing(store: Store, sweep: str, by: str, report: Callable[[Problem], None] | None = None) -> Standing:
@@ -76,7 +78,7 @@ def standing(store: Store, sweep: str, by: str, report: Callable[[Problem], None
             table = pa.Table.from_pylist([whole])
         else:
             table = pa.Table.from_pylist(at_work, DRIVER_SCHEMA) if by == "driver" else ask(_BY[by])
-    return Standing(table, whole, failures, at_work)
+    return Standing(table, whole, failures, at_work, fallbacks(store, sweep))
 
 
 DRIVER_SCHEMA = pa.schema(

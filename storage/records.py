@@ -361,7 +361,8 @@ def filed_under(shard_id: str) -> str:
 @dataclass(frozen=True)
 class Execution:
     """How the arithmetic is done. Two rows of one task with equal execution are equal, unless it is not
-    `deterministic`: the device has some operation only with sums in no fixed order."""
+    `deterministic`: the device has some operation only with sums in no fixed order. `fallback` is the reason where a
+    fault, and not the timing, ruled a faster back-end out."""
 
     backend: str
     fleet: int
@@ -371,11 +372,12 @@ class Execution:
     versions: tuple[tuple[str, str], ...]
     processes: int = 1
     deterministic: bool = True
+    fallback: str | None = None
 
     @cached_property
     def json(self) -> str:
         plain = asdict(self) | {"versions": dict(self.versions)}
-        return canonical_json(without_defaults(plain, {"processes": 1, "deterministic": True}))
+        return canonical_json(without_defaults(plain, {"processes": 1, "deterministic": True, "fallback": None}))
 
     @staticmethod
     def from_json(text: str) -> Execution:

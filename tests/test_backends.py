@@ -178,19 +178,76 @@ def test_what_is_no_chain_says_why(model: Any, why: str) -> None:
     ],
 )
 def test_a_wrong_gradient_is_found(was: str, now: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sign flipped anywhere in the compiled gradient: it is refused, said, and eager torch is chosen."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    """A sign flipped anywhere in the compiled gradient: it is refused with the reason, and eager torch is chosen."""
+    change_code(monkeypatch, tmp_path, was, now)
+    model, data = network(), random_split(BATCH)
+    with pytest.raises(Wrong, match="is off by"):
+        check_gradient(model, data)
+    found = fastest(model, data, RECIPE, accelerator(), 1)
+    assert found == {**SERIAL, "fallback": found["fallback"]}
+    assert found["fallback"].startswith("in compiled code the gradient of")
+
+
+@pytest.mark.parametrize("build", [network, Odd])
+def test_no_minibatch_rejects_a_right_gradient(build: Callable[[], nn.Module]) -> None:
+    """Networks with max-pools on many minibatches, each with weights of its own."""
+    for i in range(12):
+        torch.manual_seed(i)
+        check_gradient(build(), random_split(100 + i))
+
+
+class Mirrored(nn.Module):
+    """A filter that is its own mirror image to float32's last digits, over an image that is its own mirror image: the
+    pool's windows in the middle compare two numbers that differ by less than float32 rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(1, 6, 5), nn.Linear(6 * 14 * 13, 10)
+        with torch.no_grad():
+            weight = self.conv.weight
+            weight.copy_(weight + weight.flip(3))
+            weight[..., 0] *= 1 + 2**-22
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1))
+
+
+def test_an_argument_that_rounding_changes_is_not_a_wrong_gradient() -> None:
+    """In float32 both sides choose other arguments of a max-pool; the check passes all the same."""
+    model, data = Mirrored(), random_split(BATCH, (1, 32, 30))
+    data.images[:8] += data.images[:8].flip(3)
+    eager = copy.deepcopy(model)
+    F.cross_entropy(eager(data.images), data.labels).backward()
+    compiled = Compiled(copy.deepcopy(model), Recipe(1, BATCH, ((0, 1.0),)), (1, 32, 30))
+    compiled.step(data, None, 1.0)
+    right = eager.conv.weight.grad
+    assert right is not None
+    found = model.conv.weight - compiled.networks[0].get_parameter("conv.weight")
+    assert (found - right).abs().max() > 1e-3 * right.abs().max()
+    check_gradient(model, data)
+
+
+def test_float32_that_is_not_the_same_code_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in float32 alone."""
+    right = "(labels[samples[lane]] == k)"
+    change_code(monkeypatch, tmp_path, right, f"(sizeof(real) == 8 ? {right} : !{right})")
+    with pytest.raises(Wrong, match="float32 gradient is off in 8 of 8 parts"):
+        check_gradient(network(), random_split(BATCH))
+
+
+NO_COMPILER = "no C++ compiler (c++, g++ or clang++) on PATH, nor in CXX"
+
+
+def change_code(monkeypatch: pytest.MonkeyPatch, folder: Path, was: str, now: str) -> None:
+    """Let the compiled code be another for this test, built in little time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     text = workers.compiled.SOURCE.read_text()
     assert text.count(was) == 1
-    wrong = tmp_path / "chain.cpp"
-    wrong.write_text(text.replace(was, now))
-    monkeypatch.setattr(workers.compiled, "SOURCE", wrong)
+    (folder / "chain.cpp").write_text(text.replace(was, now))
+    monkeypatch.setattr(workers.compiled, "SOURCE", folder / "chain.cpp")
+    monkeypatch.setattr(workers.compiled, "FLAGS", tuple(f.replace("-O3", "-O1") for f in workers.compiled.FLAGS))
     forget_code(monkeypatch)
-    model, data, said = network(), random_split(BATCH), []
-    with pytest.raises(Wrong, match="is off by"):
-        check_gradient(model, Compiled(copy.deepcopy(model), Recipe(1, BATCH, ((0, 1.0),)), IMAGE), data)
-    assert fastest(model, data, RECIPE, accelerator(), 1, said.append) == SERIAL
-    assert "the compiled code is not used: the gradient of" in said[0]
 
 
 def forget_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,28 +261,35 @@ def test_without_a_compiler_there_is_eager_torch(
     monkeypatch: pytest.MonkeyPatch,
     trained: Store,
 ) -> None:
-    """No compiler: rows all the same, it is said once, and the choice is noted apart from that of other machines."""
+    """No compiler: rows all the same, with the reason, which each worker reports; and the choice is noted apart from
+    that of other machines."""
     store = copy_of(trained)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     forget_code(monkeypatch)
     with pytest.raises(NoCompiler, match="no C\\+\\+ compiler"):
         workers.compiled.compiler()
-    worker = Worker(store, "none")
-    (row,) = worker.run_shard(Shard("s0", (TASK,)))
-    assert Execution.from_json(str(row.execution)).backend == "serial"
-    assert [m for m in worker.take_messages() if "no C++ compiler" in m]
+    for task in (TASK, replace(TASK, candidate=8)):  # the second finds the choice noted
+        worker = Worker(store, "none")
+        (row,) = worker.run_shard(Shard("s0", (task,)))
+        assert row.status == "done", row.error
+        execution = Execution.from_json(str(row.execution))
+        assert (execution.backend, execution.fallback) == ("serial", NO_COMPILER)
+        assert worker.take_messages() == [
+            "eager torch trains lenet5_mini on synthetic with conv1 0.4, conv2 0.4 removed, several times slower: "
+            + NO_COMPILER
+        ]
     monkeypatch.undo()
     (other,) = Worker(copy_of(trained), "none").run_shard(Shard("s0", (TASK,)))
     assert Execution.from_json(str(other.execution)).backend == "compiled"
+    assert '"fallback"' not in str(other.execution)
 
 
 def test_the_choice_on_a_processor() -> None:
     """What wins is chosen: compiled code for a small chain, eager torch for what is no chain."""
-    data, said = random_split(BATCH), []
-    assert fastest(network(), data, RECIPE, accelerator(), 64, said.append) == COMPILED
-    assert fastest(Normed(), data, RECIPE, accelerator(), 64, said.append) == SERIAL
-    assert said == []
+    data = random_split(BATCH)
+    assert fastest(network(), data, RECIPE, accelerator(), 64) == COMPILED
+    assert fastest(Normed(), data, RECIPE, accelerator(), 64) == SERIAL
 
 
 # -- fleets ----------------------------------------------------------------------------------------------
@@ -388,7 +452,7 @@ def test_the_fleet_halves_until_it_fits(trained: Store, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Fleet, "step", short)
     monkeypatch.setattr(Worker, "_has_accelerator", lambda _: True)
-    monkeypatch.setattr("workers.backends._compiled_or_serial", lambda n, b, r, a, _: _fleet_or_serial(n, b, r, a, 6))
+    monkeypatch.setattr("workers.backends._compiled_or_serial", lambda n, b, r, a: _fleet_or_serial(n, b, r, a, 6))
     monkeypatch.setattr("workers.backends.WINS_BY", 0.0)
     store = copy_of(trained)
     rows = list(Worker(store, "none").run_shard(Shard("s0", TASKS[:8], block=6)))

@@ -211,7 +211,7 @@ def test_only_plain_recipes_leave_eager_torch(key: str) -> None:
     """What other back-ends do not know is never given to them."""
     rich = recipe(**{key: {"optimizer": "adam", "accumulate": 2, "lora_rank": 4}.get(key, 0.5)})
     assert is_plain(recipe(momentum=0.9, lr_schedule="cosine", max_steps=3)) and not is_plain(rich)
-    assert fastest(network(), data(), rich, Accelerator(cpu=True), 1, print) == SERIAL
+    assert fastest(network(), data(), rich, Accelerator(cpu=True), 1) == SERIAL
 
 
 # -- a sweep ------------------------------------------------------------------------------------------

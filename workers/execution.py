@@ -69,9 +69,14 @@ def note_name(shape: tuple[object, ...], device: torch.device) -> str:
 
 
 def execution_of(choice: Mapping[str, Any], device: torch.device) -> Execution:
-    """A choice, with what is installed here."""
+    """Return the execution of a choice, with the device and the versions of this process."""
     kept = {key: choice[key] for key in ("backend", "fleet", "threads", "memory_format")}
-    return Execution(**kept, device_model=device_model(device), versions=_versions(choice["backend"]))
+    return Execution(
+        **kept,
+        device_model=device_model(device),
+        versions=_versions(choice["backend"]),
+        fallback=choice.get("fallback"),
+    )
 
 
 def repeated(recorded: Execution, device: torch.device) -> Execution:

@@ -22,6 +22,9 @@ TICK_SECONDS = 1.0
 NOTE_SECONDS = 0.5
 """A task of the same shard that begins sooner after the last is shown at the next tick, if it still runs then."""
 
+MESSAGES = 20
+"""Maximum number of messages in a note; older ones are dropped."""
+
 STDERR = 2
 HELD_SECONDS = 30.0
 """How much longer than its limit a task may last that keeps every thread of Python from running."""
@@ -69,7 +72,10 @@ class Pulse:
         self._since: float | None = None
         self._limit: float | None = None
         self._shown, self._shown_at = self._about, 0.0
-        self._sign = Sign(store, "workers", lambda: self._about, self._tick, TICK_SECONDS)
+        self._messages: list[str] = []
+        self._sign = Sign(
+            store, "workers", lambda: {**self._about, "messages": self._messages}, self._tick, TICK_SECONDS
+        )
 
     def __enter__(self) -> Pulse:
         self._sign.__enter__()
@@ -101,6 +107,11 @@ class Pulse:
             self._about = before
             if limit:
                 faulthandler.cancel_dump_traceback_later()
+
+    def report(self, message: str) -> None:
+        """Show a message in the note at once, where the driver finds it while the task is still running."""
+        self._messages = [*self._messages, message][-MESSAGES:]
+        self._show()
 
     def is_elsewhere(self, shard: str) -> bool:
         """Whether a worker of another driver is at a shard, asked within `at` of it.

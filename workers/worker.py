@@ -259,6 +259,7 @@ class Worker:
         shape = (dense.model, dense.dataset, dense.recipe.batch_size, "dense", *kind)
         decide = lambda: self._fastest(initial_model(dense, self.data_root), data, dense.recipe, 1)  # noqa: E731
         execution = self._joined_execution() or choose_execution(self.store, shape, device, decide)
+        execution = self._reported(execution, f"the dense {dense.model} on {dense.dataset}")
         checkpoint = self.checkpoint(dense.dense_id, {"execution": execution.json})
         with arithmetic(execution):
             content = train_dense(dense, data, self.accelerator, execution, checkpoint, self.data_root)
@@ -306,7 +307,16 @@ class Worker:
         return self._checkpoints[-1]
 
     def _report(self, message: str) -> None:
+        """Keep a message for the person, and show it at once where there is a pulse."""
         self.messages.append(message)
+        if self.pulse:
+            self.pulse.report(message)
+
+    def _reported(self, execution: Execution, trained: str) -> Execution:
+        """Return `execution`, after a report of the fault that makes it a slower one."""
+        if execution.fallback:
+            self._report(f"eager torch trains {trained}, several times slower: {execution.fallback}")
+        return execution
 
     def _drop_checkpoints(self) -> None:
         """Their rows are committed: the checkpoints of the last trainings go."""
@@ -392,7 +402,9 @@ class Worker:
             else self._fastest(self._example(cell), self.data(cell.dense), cell.retrain, at_once)
         )
         choose = lambda: self._joined_execution() or choose_execution(self.store, shape, device, decide)  # noqa: E731
-        return self._once(("execution", shape), choose)
+        layers = ", ".join(f"{name} {ratio:g}" for name, ratio in cell.layers)
+        trained = f"{cell.dense.model} on {cell.dense.dataset} with {layers} removed"
+        return self._once(("execution", shape), lambda: self._reported(choose(), trained))
 
     def _joined_execution(self) -> Execution | None:
         """How tasks are computed by several processes; None for one alone."""
@@ -438,7 +450,7 @@ class Worker:
         from workers.execution import arithmetic, execution_of
 
         with arithmetic(execution_of(SERIAL, self.accelerator.device)):
-            return fastest(network, data.train, recipe, self.accelerator, block, self._report)
+            return fastest(network, data.train, recipe, self.accelerator, block)
 
     def _halve_fleet(self, cell: Cell) -> bool:
         """Note half the fleet for this shape, where there is more than one to halve: memory ran out."""
