@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,14 @@ _ARITHMETIC = ("torch", "numpy")
 
 @cache
 def library_versions() -> tuple[tuple[str, str], ...]:
-    """(name, version) of Python and of the libraries a row is made with."""
-    return (("python", platform.python_version()), *((name, version(name)) for name in RECORDED))
+    """Return (name, version) of Python and of those of RECORDED that are installed."""
+    return (("python", platform.python_version()), *_installed(RECORDED))
+
+
+def _installed(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
 
 
 def device_model(device: torch.device) -> str:
@@ -120,10 +126,15 @@ NOT_DETERMINISTIC = "does not have a deterministic implementation"
 @contextmanager
 def arithmetic(execution: Execution) -> Iterator[Kernels]:
     """Threads and deterministic kernels as `execution` says, full float32 products and no TF32, whatever
-    was set before; that is restored. An operation without a deterministic kernel is run all the same, and seen."""
+    was set before; that is restored. An operation without a deterministic kernel is run all the same, and seen.
+
+    Torch's deterministic mode would also fill every new tensor with NaN, which takes time and changes no result.
+    """
     import torch
 
     default = torch.get_default_dtype()
+    deterministic_mode: Any = torch.utils.deterministic
+    filled = deterministic_mode.fill_uninitialized_memory
     cudnn: Any = torch.backends.cudnn
     threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -134,6 +145,7 @@ def arithmetic(execution: Execution) -> Iterator[Kernels]:
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("highest")
     _use_deterministic_algorithms(True, warn_only=True)
+    deterministic_mode.fill_uninitialized_memory = False
     cudnn.benchmark, cudnn.allow_tf32 = False, False
     try:
         with _watched() as kernels:
@@ -143,6 +155,7 @@ def arithmetic(execution: Execution) -> Iterator[Kernels]:
         torch.set_default_dtype(default)
         torch.set_float32_matmul_precision(products)
         _use_deterministic_algorithms(*deterministic)
+        deterministic_mode.fill_uninitialized_memory = filled
         cudnn.benchmark, cudnn.allow_tf32 = benchmark, tf32
 
 
