@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from workers.checkpoints import State, optimizer_state, part, prefixed, restore_optimizer
+from workers.datasets import first
 from workers.measures import Measure, measured
 from workers.serial import optimizer_of
 
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
     from storage.records import Recipe
     from workers.datasets import Samples, Split
 
-EVALUATION_BATCH = 1000
+CPU_BYTES, ACCELERATOR_BYTES = 4 * 2**20, 256 * 2**20
+"""Input bytes of a call that evaluates a fleet, counted once per member. On a CPU, more falls out of the cache; on an
+accelerator, less leaves it waiting for the next call."""
+FEWEST = 4
+"""Minimum number of samples of such a call."""
 
 
 class NoFleet(Exception):
@@ -58,7 +63,9 @@ class Fleet:
     def measure(self, split: Samples) -> list[Measure]:
         """Loss and accuracy of each member in eval mode."""
         self._form.eval()
-        return measured(self._logits, split, max(1, EVALUATION_BATCH // len(self.networks)))
+        sample = first(split, 1).images
+        batch = evaluation_batch(len(self.networks), sample.nbytes, self._accelerator.device.type)
+        return measured(self._logits, split, batch)
 
     def step(self, split: Split, indices: torch.Tensor | None, lr: float) -> torch.Tensor:
         """One step of all on one minibatch, `indices` of `split` or all of it; their mean losses, [members]."""
@@ -108,6 +115,13 @@ class Fleet:
         if self._optimizer is None:
             self._optimizer = optimizer_of(list(self._parameters.values()), self._recipe)
         return self._optimizer
+
+
+def evaluation_batch(members: int, sample_bytes: int, device: str) -> int:
+    """Return the number of samples that a fleet evaluates per call, on a type of device. It depends on nothing else, so
+    that equal executions sum in the same order."""
+    budget = CPU_BYTES if device == "cpu" else ACCELERATOR_BYTES
+    return max(FEWEST, budget // (members * sample_bytes))
 
 
 def _stacked(tensors: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
