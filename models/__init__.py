@@ -1,4 +1,4 @@
-"""Networks by name. Imports no other room; torch only to build one."""
+"""Networks by name. Of the other rooms it imports pruners alone; torch only to build a network."""
 
 from models.registry import (
     MODELS,
@@ -8,6 +8,7 @@ from models.registry import (
     layer_units,
     load_weights,
     model_content,
+    prunable_layers,
     weight_layers,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "layer_units",
     "load_weights",
     "model_content",
+    "prunable_layers",
     "weight_layers",
 ]

@@ -1,8 +1,8 @@
 """The prunable layers of a network that is not built in: found by building and tracing it once, then remembered.
 
-Prunable are convolutions and linear layers whose outputs can go one by one, in the order they are run, and blocks of
-attention with their heads. Of layers that share their channels (those that are summed), the first stands for all.
-Left out are the classifier, and what writes to a grouped convolution.
+Prunable are convolutions and linear layers whose outputs can go, one by one or in sets, in the order they are run, and
+blocks of attention with their heads. Of layers that share their channels (those that are summed), the first stands for
+all. Left out are the classifier, and what cannot be removed, each layer with its reason.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.layers import Layers, Sets
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from pruners.coupling import Graph
 
 CLASSES = 17
 """Of the network that is traced; a number that no layer has as its width."""
@@ -26,58 +30,116 @@ HEADS, PROJECTIONS = ("num_heads", "n_heads", "heads"), ("proj", "out_proj", "me
 """The attributes by which a block of attention is known, and the layers in one that write to what is outside."""
 
 
-def remembered(key: Sequence[str]) -> dict[str, int] | None:
-    """The layers that were found before under `key`; None where there are none."""
+def remembered(key: Sequence[str]) -> Any:
+    """What was found before under `key`; None where there is nothing."""
     try:
         return json.loads(_note(key).read_text())
     except (OSError, ValueError):
         return None
 
 
-def remember(key: Sequence[str], units: Mapping[str, int]) -> None:
-    """Keep layers for the next time. Where the folder cannot be written to, nothing is kept."""
+def remember(key: Sequence[str], found: Any) -> None:
+    """Keep what was found, plain data, for the next time. Where the folder cannot be written to, nothing is kept."""
     note = _note(key)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         made = note.with_suffix(f".{os.getpid()}")
-        made.write_text(json.dumps(dict(units)))
+        made.write_text(json.dumps(found))
         made.replace(note)
     except OSError:
         return
 
 
 def _note(key: Sequence[str]) -> Path:
+    import pruners
+
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / "layers"
-    rules = "".join(
-        Path(__file__).with_name(file).read_text() for file in ("discovery.py", "attention.py", "library.py")
-    )
-    said = "\n".join([*key, version("torch-pruning"), rules])
+    here, there = Path(__file__).parent, Path(str(pruners.__file__)).parent
+    files = [here / name for name in ("discovery.py", "layers.py", "attention.py", "library.py")]
+    files += [there / name for name in ("coupling.py", "labels.py", "tracing.py")]
+    said = "\n".join([*key, version("torch"), *(file.read_text() for file in files)])
     return base / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
 
 
-def prunable(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
-    """Prunable layer -> units of a network, traced on `example` [1, C, H, W]; its weights play no part.
+def prunable(model: nn.Module, example: torch.Tensor) -> Layers:
+    """Return what can be pruned of a network, traced on `example` [1, C, H, W]; its weights play no part.
 
-    Raises ValueError where it cannot be traced.
+    Raises ValueError where it cannot be run.
     """
+    from pruners.coupling import traced
+
+    return prunable_of(model, traced(model, example), example)
+
+
+def prunable_of(model: nn.Module, graph: Graph, example: Any) -> Layers:
+    """Return what can be pruned of a network whose graph is known. One layer that cannot hides no other."""
+    modules = dict(model.named_modules())
+    inside = _inside_attention(model)
+    units: dict[str, int] = {}
+    sets: dict[str, Sets] = {}
+    refused: dict[str, str] = {}
+    covered: set[int] = set()
+    for name in graph.order:
+        module: Any = modules[name]
+        if (heads := getattr(module, "prunable_heads", None)) is not None:
+            units[name] = heads.count
+            continue
+        if not _is_layer(module) or name in inside:
+            continue
+        if (problem := parametrized(module)) is not None:
+            refused[name] = f"{name}: {problem}"
+            continue
+        try:
+            found = graph.sets(name)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        classes = set(graph.classes_of(name))
+        if len(found) < 2 or classes & covered:
+            continue
+        if (problem := _taken_apart(model, name, found, graph, example)) is not None:
+            refused[name] = f"{name}: {problem}"
+        else:
+            covered |= classes
+            units[name] = len(found)
+            if len(found[0]) > 1 or graph.shared_with(name):
+                sets[name] = found
+    return Layers(units, sets, refused)
+
+
+def _taken_apart(model: nn.Module, layer: str, sets: Sets, graph: Graph, example: Any) -> str | None:
+    """Why a layer whose channels are taken apart on the way cannot lose a unit; None where it can. A forward pass may
+    do so at places that it computes, or at places that it fixes: only a run shows it."""
     import torch
 
-    names = {module: name for name, module in model.named_modules()}
-    found: dict[str, int] = {}
-    covered: set[str] = set()
-    with torch.enable_grad():
-        graph, order = _traced(model, example)
-    inside = _inside_attention(model)
-    for module in order:
-        name = names[module]
-        if (heads := getattr(module, "prunable_heads", None)) is not None:
-            found[name] = heads.count
-        elif name not in covered and name not in inside and _loses_units(module):
-            coupled = _outputs_coupled(graph, module, names)
-            if coupled is not None:
-                covered |= coupled
-                found[name] = len(module.weight)
-    return found
+    from pruners.surgery import prune
+
+    if (place := graph.divided_at(layer)) is None:
+        return None
+    try:
+        pruned = prune(model, {layer: sets[-1]}, example, graph=graph)
+        with torch.no_grad():
+            pruned.eval()(example)
+    except Exception as error:  # of the network's own code once it is smaller
+        said = str(error).partition("\n")[0]
+        return f"the forward pass ({place}) divides its channels at fixed places: {type(error).__name__}: {said}"
+    return None
+
+
+def parametrized(module: Any) -> str | None:
+    """Why a layer whose weight is computed from other tensors cannot be pruned; None where it is not."""
+    kinds = getattr(module, "parametrizations", None)
+    own = module._parameters
+    if kinds is not None and "weight" in kinds:
+        said = type(kinds["weight"][0]).__name__.strip("_")
+    elif own.get("weight") is None and any(name.startswith("weight_") for name in own):
+        said = "weight_norm" if "weight_g" in own else "spectral_norm or another of torch.nn.utils"
+    else:
+        return None
+    return (
+        f"it has a parametrized weight ({said}), which cannot lose units; remove the parametrization in the function "
+        "that builds the network, or prune another layer"
+    )
 
 
 def weighted(model: nn.Module) -> dict[str, int]:
@@ -88,27 +150,6 @@ def weighted(model: nn.Module) -> dict[str, int]:
     return {name: module.weight.numel() for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def _traced(model: nn.Module, example: torch.Tensor) -> tuple[Any, list[Any]]:
-    """The dependency graph, and the layers and attention blocks in the order they were run."""
-    import torch_pruning
-    from torch import nn
-
-    order: dict[Any, None] = {}
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    watched = [m for m in model.modules() if isinstance(m, kinds) or hasattr(m, "prunable_heads")]
-    hooks = [m.register_forward_pre_hook(lambda m, _: order.setdefault(m)) for m in watched]
-    try:
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            model.eval().requires_grad_(), example, forward_fn=lambda network, x: network(x), verbose=False
-        )
-    except Exception as error:  # of a network's own code, or of the tracing
-        raise ValueError(f"the network cannot be traced: {type(error).__name__}: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return graph, list(order)
-
-
 def _inside_attention(model: nn.Module) -> set[str]:
     """The layers whose outputs belong to heads, known or not: they go with these, not one by one."""
     blocks = [(name, m) for name, m in model.named_modules() if any(hasattr(m, heads) for heads in HEADS)]
@@ -116,27 +157,8 @@ def _inside_attention(model: nn.Module) -> set[str]:
     return {layer for layer, own in layers if own not in PROJECTIONS}
 
 
-def _loses_units(module: Any) -> bool:
-    return getattr(module, "groups", 1) == 1 and len(module.weight) > 1
+def _is_layer(module: Any) -> bool:
+    from torch import nn
 
-
-def _outputs_coupled(graph: Any, module: Any, names: Mapping[Any, str]) -> set[str] | None:
-    """The layers that lose outputs together with the first of `module`; None where they cannot."""
-    if module not in graph.module2node:
-        return None
-    prune = graph.get_pruner_of_module(module).prune_out_channels
-    coupled: set[str] = set()
-    for dependency, _ in graph.get_pruning_group(module, prune, [0]):
-        target = dependency.target.module
-        if type(target).__name__ == "_OutputOp" or _is_grouped(target) or type(target).__name__ == "MultiheadAttention":
-            return None
-        if target in names and graph.is_out_channel_pruning_fn(dependency.handler):
-            if not dependency.target.outputs:  # what it gives is what the network gives
-                return None
-            coupled.add(names[target])
-    return coupled
-
-
-def _is_grouped(module: Any) -> bool:
-    groups = getattr(module, "groups", 1)
-    return isinstance(groups, int) and 1 < groups != getattr(module, "out_channels", groups)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return isinstance(module, kinds) and getattr(module, "groups", 1) == 1

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import usercode
 from models import library
+from models.layers import Layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,8 +107,11 @@ class VGG:
 
 Architecture = LeNet5 | MLP | ResNet | VGG
 
-USER_SHAPES = ((3, 32, 32), (3, 224, 224), (1, 32, 32), (1, 28, 28))
-"""(channels, height, width) that a user's own network may be for: one of them serves to find its layers."""
+Shape = tuple[int, int, int]
+Found = TypeVar("Found")
+
+USUAL_SHAPES = ((3, 32, 32), (3, 224, 224), (1, 32, 32), (1, 28, 28))
+"""(channels, height, width) that a user's own network is tried with where no data set says its own."""
 
 _MINI = LeNet5(convs=(10, 10, 10), hidden=(10,))
 _LENET5 = LeNet5(convs=(6, 16, 120), hidden=(84,))
@@ -171,18 +175,27 @@ def architecture(name: str) -> Architecture:
     return MODELS[name]
 
 
-def layer_units(name: str) -> dict[str, int]:
-    """Prunable layer -> units, in network order; the classifier is not among them. Raises ValueError.
+def layer_units(name: str, classes: int | None = None, shape: Shape | None = None) -> dict[str, int]:
+    """Return prunable layer -> units, in network order; the classifier is not among them. Raises ValueError.
 
-    Heads are the units of an attention block. A network that is not built in is built and traced the first time.
+    See `prunable_layers`, which also has the channels of each unit.
+    """
+    return dict(prunable_layers(name, classes, shape).units)
+
+
+def prunable_layers(name: str, classes: int | None = None, shape: Shape | None = None) -> Layers:
+    """Return what can be pruned of a network for samples [N, *shape] (channels, height, width). Raises ValueError.
+
+    Heads are the units of an attention block. A network that is not built in is built and traced the first time, for
+    the given classes and shape, or for usual ones where they are not known.
     """
     if name.startswith("hf/"):
         from models.multimodal import hf_layer_units
 
-        return hf_layer_units(name)
+        return Layers(hf_layer_units(name))
     if not is_found(name):
-        return architecture(name).layers()
-    return _found_layers(name)
+        return Layers(architecture(name).layers())
+    return _found_layers(name, classes, shape)
 
 
 @lru_cache
@@ -210,15 +223,16 @@ def is_found(name: str) -> bool:
 
 
 @lru_cache
-def _found_layers(name: str) -> dict[str, int]:
+def _found_layers(name: str, classes: int | None, shape: Shape | None) -> Layers:
     from models import discovery
 
     check_model(name)
-    key = [name, _version(name)]
-    if (units := discovery.remembered(key)) is None:
-        units = _build_and(name, discovery.prunable)
-        discovery.remember(key, units)
-    return units
+    key = [name, _version(name), str(classes), str(shape)]
+    if (kept := discovery.remembered(key)) is not None:
+        return Layers.from_dict(kept)
+    found = _build_and(name, discovery.prunable, classes, shape)
+    discovery.remember(key, found.to_dict())
+    return found
 
 
 def _version(name: str) -> str:
@@ -228,24 +242,34 @@ def _version(name: str) -> str:
     return version(name.partition("/")[0]) if library.is_library(name) else usercode.fingerprint(name)
 
 
-def _build_and(name: str, look: Callable[[nn.Module, torch.Tensor], dict[str, int]]) -> dict[str, int]:
-    """What `look` finds in a network and an input of it, built for each shape that it may be for until one works; on
-    no device if it can be."""
+def _build_and(
+    name: str,
+    look: Callable[[nn.Module, torch.Tensor], Found],
+    classes: int | None = None,
+    shape: Shape | None = None,
+) -> Found:
+    """Return what `look` finds in a network and an input of it; on no device if it can be. Without a `shape` the network
+    is built for each that it may be for until one works."""
     import torch
 
     from models import discovery
 
     problems: dict[str, None] = {}
-    shapes = [library.usual_shape(name)] if library.is_library(name) else USER_SHAPES
-    for shape in [MODELS[name].input or USER_SHAPES[0]] if name in MODELS else shapes:
+    for known in [shape] if shape is not None else _usual_shapes(name):
         for device in ("meta", "cpu"):
             try:
                 with torch.random.fork_rng(devices=[]), torch.device(device):
-                    model = build_model(name, discovery.CLASSES, shape)
-                    return look(model, torch.zeros(1, *shape))
+                    model = build_model(name, classes or discovery.CLASSES, known)
+                    return look(model, torch.zeros(1, *known))
             except Exception as error:  # of the network's own code: another shape, or a device with numbers, may do
-                problems[f"for {_times(shape)}: {error}"] = None
+                problems[f"for samples of {_times(known)}: {error}"] = None
     raise ValueError(f"the layers of {name} cannot be found; {'; '.join(problems)}")
+
+
+def _usual_shapes(name: str) -> list[Shape]:
+    if name in MODELS:
+        return [MODELS[name].input or USUAL_SHAPES[0]]
+    return [library.usual_shape(name)] if library.is_library(name) else list(USUAL_SHAPES)
 
 
 def absolute_model(name: str) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Context, Decimal
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
+from models.layers import Layers as Prunable
 from models.library import is_library
-from models.registry import absolute_model, input_shape, layer_units, model_content, weight_layers
+from models.registry import absolute_model, input_shape, is_found, model_content, prunable_layers, weight_layers
 from models.weights import SUFFIXES, file_hash
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
@@ -18,7 +20,7 @@ from orchestrator.spec import DenseTraining, Retraining, SweepSpec
 from pruners.candidates import MAX_ALL, Space, n_removed
 from pruners.pruners import find_pruner, n_removed_together, problem_of, pruner_content
 from storage.identity import CELL_DEFAULTS, SCHEMA_VERSION
-from storage.records import Cell, Dense, Recipe, Task
+from storage.records import Cell, ChannelSets, Dense, Recipe, Task
 from workers.datasets import DataMissing, dataset_content, find_dataset
 
 Layers = tuple[tuple[str, float], ...]
@@ -44,7 +46,8 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
         content = _content(model=model_content(model), dataset=_data_content(dataset, data_root))
         recipe, weights = _recipe_and_weights(model, dense_training, document)
         dense = Dense(model, dataset, recipe, spec.validation, (*content, *weights))
-        points = [(kind, layers) for kind in grid.granularity for layers in _layer_points(spec, model, kind, document)]
+        known = _Known(model, dataset, data_root)
+        points = [(kind, layers) for kind in grid.granularity for layers in _layer_points(spec, known, kind, document)]
         axes = (grid.pruner, grid.pruner_seed, grid.scope, grid.schedule, grid.propagation, grid.precision)
         for (granularity, by_scope), pruner, pruner_seed, scope, schedule, propagation, precision, retrain in product(
             points, *axes, spec.retrain
@@ -79,8 +82,9 @@ def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterato
                 candidate_mode="sample" if sampled else "all",
                 sampling_seed=spec.candidates.seed if sampled else None,
                 pruner_seed=pruner_seed if kind.draws else None,
+                sets=known.sets(granularity, layers),
             )
-            _check_candidates(spec, cell, document)
+            _check_candidates(spec, cell, document, data_root)
             yield cell
 
 
@@ -146,27 +150,71 @@ def _check_input(model: str, dataset: str, data_root: str | None, document: Docu
         )
 
 
-def candidate_count(cell: Cell, sample_count: int | None) -> int:
+@dataclass(frozen=True)
+class _Known:
+    """What can be pruned of a network, for samples of a data set."""
+
+    model: str
+    dataset: str
+    data_root: str | None
+
+    @cached_property
+    def prunable(self) -> Prunable:
+        """The layers, traced on samples of the data set's shape where the data are here. Raises ValueError."""
+        return _prunable(self.model, self.dataset, self.data_root)
+
+    def units(self, granularity: str) -> Mapping[str, int]:
+        """Return layer -> what can be removed of it: units, or single weights. Raises ValueError."""
+        return weight_layers(self.model) if granularity == "weight" else self.prunable.units
+
+    def refused(self, granularity: str) -> Mapping[str, str]:
+        """Return layer -> why its units cannot be removed."""
+        return {} if granularity == "weight" else self.prunable.refused
+
+    def sets(self, granularity: str, layers: Layers) -> tuple[tuple[str, ChannelSets], ...]:
+        """Return the channels of the units of those layers whose channels are removed in sets."""
+        if granularity == "weight":
+            return ()
+        found = self.prunable.sets
+        return tuple(sorted((name, found[name]) for name, _ in layers if name in found))
+
+
+def _prunable(model: str, dataset: str, data_root: str | None) -> Prunable:
+    if not is_found(model):
+        return prunable_layers(model)
+    try:
+        found = find_dataset(dataset, data_root)
+    except ValueError:  # it is not here, or it cannot be used, which is told elsewhere
+        return prunable_layers(model)
+    return prunable_layers(model, found.classes, found.shape)
+
+
+def candidate_count(cell: Cell, sample_count: int | None, data_root: str | None = None) -> int:
     """How many candidates of a cell a sweep plans."""
     if not find_pruner(cell.pruner).enumerates:
         return 1
     if cell.candidate_mode == "sample":
         assert sample_count is not None
         return sample_count
-    return space_of(cell).size
+    return space_of(cell, data_root).size
 
 
-def space_of(cell: Cell) -> Space:
+def units_of(cell: Cell, data_root: str | None = None) -> Mapping[str, int]:
+    """Return layer -> what can be removed of it in a cell: units, or single weights."""
+    return _Known(cell.dense.model, cell.dense.dataset, data_root).units(cell.granularity)
+
+
+def space_of(cell: Cell, data_root: str | None = None) -> Space:
     """All candidates of a cell."""
-    units = layer_units(cell.dense.model)
+    units = units_of(cell, data_root)
     names, ratios = zip(*cell.layers, strict=True)
     return Space.of([units[name] for name in names], ratios)
 
 
-def tasks(spec: SweepSpec, document: Document) -> Iterator[Task]:
+def tasks(spec: SweepSpec, document: Document, data_root: str | None = None) -> Iterator[Task]:
     """The tasks of the grid: cell by cell, candidate by candidate, seed by seed."""
-    for cell in cells(spec, document):
-        for candidate in range(candidate_count(cell, spec.candidates.count)):
+    for cell in cells(spec, document, data_root):
+        for candidate in range(candidate_count(cell, spec.candidates.count, data_root)):
             for seed in spec.grid.seed:
                 yield Task(cell, candidate, seed)
 
@@ -188,19 +236,21 @@ def check_data_fits(spec: SweepSpec, document: Document, data_root: str | None =
             raise UserError(f"{where}: loss_subset: {spec.loss_subset} of {largest} train samples of {name}")
 
 
-def _layer_points(spec: SweepSpec, model: str, granularity: str, document: Document) -> Iterator[Mapping[str, Layers]]:
+def _layer_points(
+    spec: SweepSpec, known: _Known, granularity: str, document: Document
+) -> Iterator[Mapping[str, Layers]]:
     """The grid points of the layers axis, each with its ratio or ratios: scope -> layers."""
     for i, entry in enumerate(spec.grid.layers):
         fail = _failer(document, "layers", i)
         if isinstance(entry, dict):
-            units = _units(model, granularity, fail)
-            yield _by_scope(spec, model, granularity, units, _resolve(model, units, entry, fail), fail)
+            units = _units(known, granularity, fail)
+            yield _by_scope(spec, known.model, granularity, units, _resolve(known, granularity, entry, fail), fail)
             continue
         patterns = [entry] if isinstance(entry, str) else entry
         for j, ratio in enumerate(spec.grid.ratio or []):
-            units = _units(model, granularity, fail)
-            layers = _resolve(model, units, dict.fromkeys(patterns, ratio), fail)
-            yield _by_scope(spec, model, granularity, units, layers, _failer(document, "ratio", j))
+            units = _units(known, granularity, fail)
+            layers = _resolve(known, granularity, dict.fromkeys(patterns, ratio), fail)
+            yield _by_scope(spec, known.model, granularity, units, layers, _failer(document, "ratio", j))
 
 
 def _failer(document: Document, axis: str, index: int) -> Callable[[str], UserError]:
@@ -211,26 +261,30 @@ def _failer(document: Document, axis: str, index: int) -> Callable[[str], UserEr
 
 
 def _resolve(
-    model: str, units: Mapping[str, int], ratios: dict[str, float], fail: Callable[[str], UserError]
+    known: _Known, granularity: str, ratios: dict[str, float], fail: Callable[[str], UserError]
 ) -> Layers:
     """Names and patterns -> the model's layers in network order, each with its ratio."""
+    units, refused = known.units(granularity), known.refused(granularity)
     found: dict[str, float] = {}
     for pattern, ratio in ratios.items():
         matching = [name for name in units if name == pattern or fnmatchcase(name, pattern)]
+        if not matching and pattern in refused:
+            raise fail(f"{known.model}: {refused[pattern]}")
         if not matching:
-            known = ", ".join(units)
-            raise fail(f"{pattern!r} matches no layer of {model}; it has {known}{nearest(pattern, units)}")
+            there = ", ".join(units) or "none"
+            hint = nearest(pattern, units)
+            raise fail(f"{pattern!r} matches no layer of {known.model} that can be pruned; it has {there}{hint}")
         for name in matching:
             if found.get(name, ratio) != ratio:
-                raise fail(f"{name} of {model} is given two ratios, {found[name]} and {ratio}")
+                raise fail(f"{name} of {known.model} is given two ratios, {found[name]} and {ratio}")
             found[name] = ratio
     return tuple((name, found[name]) for name in units if name in found)
 
 
-def _units(model: str, granularity: str, fail: Callable[[str], UserError]) -> dict[str, int]:
+def _units(known: _Known, granularity: str, fail: Callable[[str], UserError]) -> Mapping[str, int]:
     """Layer -> what can be removed of it: units, or single weights."""
     try:
-        return weight_layers(model) if granularity == "weight" else layer_units(model)
+        return known.units(granularity)
     except ValueError as error:
         raise fail(str(error)) from None
 
@@ -286,9 +340,9 @@ def smallest_ratio(n: int) -> float:
     return float(Context(prec=3, rounding=ROUND_CEILING).divide(Decimal(1), Decimal(n)))
 
 
-def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
+def _check_candidates(spec: SweepSpec, cell: Cell, document: Document, data_root: str | None) -> None:
     if cell.scope == "global":
-        _check_together(cell, document)
+        _check_together(cell, document, data_root)
     if not find_pruner(cell.pruner).enumerates:
         return
     if cell.granularity == "weight":
@@ -298,7 +352,7 @@ def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
                 f"{where}: candidates: of single weights there are too many: use {{mode: sample, count: N}}"
             )
         return
-    size = space_of(cell).size
+    size = space_of(cell, data_root).size
     if cell.candidate_mode == "all" and size > MAX_ALL:
         where = document.where(("candidates",))
         raise UserError(
@@ -311,9 +365,9 @@ def _check_candidates(spec: SweepSpec, cell: Cell, document: Document) -> None:
         raise UserError(f"{where}: candidates.count: {count} samples, but {cell} has {size} candidates")
 
 
-def _check_together(cell: Cell, document: Document) -> None:
+def _check_together(cell: Cell, document: Document, data_root: str | None) -> None:
     """All layers together are to lose something, and each layer is to keep something, wherever the others lose it."""
-    known = weight_layers(cell.dense.model) if cell.granularity == "weight" else layer_units(cell.dense.model)
+    known = units_of(cell, data_root)
     units, ratios = [known[name] for name, _ in cell.layers], [ratio for _, ratio in cell.layers]
     where = document.where(("grid", "scope"))
     if not (removed := n_removed_together(units, ratios)):

@@ -185,12 +185,12 @@ def _parameters(name: str) -> int:
 def _shapes(name: str) -> list[Shape]:
     """(channels, height, width) that a network may be for, its usual one last."""
     from models.library import is_library, usual_shape
-    from models.registry import MODELS, USER_SHAPES
+    from models.registry import MODELS, USUAL_SHAPES
 
     if name in MODELS:
         return [MODELS[name].input or (3, 32, 32)]
     if not is_library(name):
-        return list(USER_SHAPES)
+        return list(USUAL_SHAPES)
     channels, height, width = usual_shape(name)
     return [*((channels, n, n) for n in SIZES if n < height), (channels, height, width)]
 

@@ -6,14 +6,20 @@ library defines them. docs/criteria.md has each one's definition.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
     from torch import nn
+
+    from pruners.coupling import Graph, Sets
 
 NEEDS = ("weights", "gradients", "activations", "data")
 """What a criterion reads of a network; a user's own may look at the calibration samples themselves."""
@@ -69,10 +75,11 @@ def checked(importance: torch.Tensor, units: int) -> Importance:
     return Importance(found) if found.isfinite().all() else Importance(None, "it is not finite")
 
 
-def own_norms(model: nn.Module, layer: str, units: int) -> dict[str, Importance]:
-    """l1 and l2 of a layer: the norms of each unit's own weights, bias left out.
+def own_norms(model: nn.Module, layer: str, units: int, sets: Sets | None = None) -> dict[str, Importance]:
+    """Return l1 and l2 of a layer: the norms of each unit's own weights, bias left out.
 
-    Those of an attention head are the sums over the rows that write its queries, keys and values.
+    Those of an attention head are the sums over the rows that write its queries, keys and values. `sets` are the
+    channels of each unit, where units have several: its norms are those of the weights of all of them.
     """
     import torch
 
@@ -87,7 +94,10 @@ def own_norms(model: nn.Module, layer: str, units: int) -> dict[str, Importance]
     if weight is None or weight.ndim < 2:
         return {p: Importance(None, "it has no weights of its own") for p in ("l1", "l2")}
     transposed = getattr(module, "transposed", False)
-    return {p: checked(n, units) for p, n in _norms(weight.transpose(0, 1) if transposed else weight).items()}
+    rows = weight.transpose(0, 1) if transposed else weight
+    if sets is not None:
+        rows = torch.stack([rows[list(channels)].flatten() for channels in sets])
+    return {p: checked(n, units) for p, n in _norms(rows).items()}
 
 
 def _norms(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -154,13 +164,14 @@ def library_importances(
     gradients: Gradients | None = None,
     activations: Mapping[str, torch.Tensor] | None = None,
     only: str | None = None,
+    graph: Graph | None = None,
 ) -> dict[str, dict[str, Importance]]:
-    """criterion -> layer -> importance, by torch-pruning, of layers that have so many units.
+    """Return criterion -> layer -> importance, by torch-pruning, of layers that have so many units.
 
-    `model` is a copy on the CPU, to be used up; `example` is an input batch. What needs gradients, or
-    activations, is left out without them; with `only` all but that one is.
+    `model` is a copy on the CPU, to be used up; `example` is an input batch, `graph` the model's, where it is known.
+    What needs gradients, or activations, is left out without them; with `only` all but that one is.
     """
-    groups = _groups(model, layers, example)
+    groups = _groups(model, layers, example, graph)
     if activations is not None:
         for name, found in activations.items():
             model.get_submodule(name)._importance = found  # pyright: ignore[reportArgumentType]
@@ -174,41 +185,96 @@ def library_importances(
     return made
 
 
-def _groups(model: nn.Module, layers: Mapping[str, int], example: Any) -> dict[str, Any]:
-    """torch-pruning's group of all units of each layer: every tensor that is coupled to them."""
-    from pruners.surgery import traced
+def _groups(model: nn.Module, layers: Mapping[str, int], example: Any, graph: Graph | None) -> dict[str, Any]:
+    """All units of each layer with every tensor that is coupled to them, as torch-pruning's importances read it."""
+    from pruners.coupling import traced
 
-    graph = traced(model, example)
     groups = {}
     for layer, units in layers.items():
         root: Any = model.get_submodule(layer)
         heads = getattr(root, "prunable_heads", None)
         if heads is None:
-            cut = graph.get_pruner_of_module(root).prune_out_channels
-            groups[layer] = graph.get_pruning_group(root, cut, list(range(units)))
+            graph = graph or traced(model, example)
+            groups[layer] = _group_of_units(model, layer, graph)
         else:
             groups[layer] = _group_of_heads(root, heads, units)
     return groups
 
 
 class _Part:
-    """One tensor of a group as torch-pruning's importances read it: a layer, which of its channels, and the unit
-    that each of them belongs to."""
+    """One tensor of a group: a layer, which of its channels, and the unit that each of them belongs to."""
 
-    def __init__(self, layer: nn.Module, handler: Any, units: Sequence[int]) -> None:
+    def __init__(self, layer: nn.Module, handler: Any, units: Sequence[int], channels: Sequence[int] | None = None) -> None:
         self.dep = SimpleNamespace(layer=layer, target=SimpleNamespace(module=layer), handler=handler)
         self.dep.pruning_fn = handler
-        self.idxs, self.root_idxs = list(range(len(units))), list(units)
+        self.idxs = list(range(len(units))) if channels is None else list(channels)
+        self.root_idxs = list(units)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.dep, self.idxs))
 
 
+def _group_of_units(model: nn.Module, layer: str, graph: Graph) -> list[_Part]:
+    """The group of a layer's units: the layer itself, then what is coupled to it in the order in which it runs."""
+    parts: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for unit, channels in enumerate(graph.sets(layer)):
+        for one in graph.removal(layer, channels):
+            parts.setdefault((one.tensor, one.dim), []).extend((index, unit) for index in one.indices)
+    modules = dict(model.named_modules())
+    order = {name: at for at, name in enumerate(graph.order)}
+    found = []
+    for (tensor, dim), pairs in parts.items():
+        module = tensor.rpartition(".")[0]
+        handler = _handler(modules[module], tensor.rpartition(".")[2], dim)
+        if handler is not None:
+            is_own = (tensor, dim) in graph.outputs[layer]
+            indices, units = zip(*sorted(pairs), strict=True)
+            found.append((not is_own, order.get(module, 0), _Part(modules[module], handler, units, indices)))
+    return [part for _, _, part in sorted(found, key=lambda one: one[:2])]
+
+
+def _handler(module: nn.Module, tensor: str, dim: int) -> Any:
+    """torch-pruning's name for what a removal does to a weight; None of what its importances do not look at."""
+    from torch import nn
+
+    functions = _torch_pruning().pruner.function
+    if tensor != "weight":
+        return None
+    if isinstance(module, nn.Linear):
+        return (functions.prune_linear_out_channels, functions.prune_linear_in_channels)[dim]
+    if isinstance(module, nn.modules.conv._ConvNd) and dim < 2:
+        if module.groups > 1:
+            return functions.prune_depthwise_conv_out_channels
+        is_input = (dim == 1) != module.transposed
+        return functions.prune_conv_in_channels if is_input else functions.prune_conv_out_channels
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return functions.prune_batchnorm_out_channels
+    return functions.prune_layernorm_out_channels if isinstance(module, nn.LayerNorm) else None
+
+
+@contextmanager
+def _without_timm() -> Iterator[None]:
+    """torch-pruning imports timm (seconds) only to count its attention blocks' operations."""
+    if "timm" in sys.modules:
+        yield
+        return
+    blocked: dict[str, Any] = sys.modules
+    blocked["timm"] = None
+    try:
+        yield
+    finally:
+        del blocked["timm"]
+
+
+def _torch_pruning() -> ModuleType:
+    with _without_timm():
+        import torch_pruning
+    return torch_pruning
+
+
 def _group_of_heads(block: Any, heads: Any, units: int) -> list[_Part]:
     """The group of an attention block's heads: the rows that write queries, keys and values, the columns that read
     the heads' channels. torch-pruning has none of heads."""
-    from pruners.surgery import _torch_pruning
-
     functions = _torch_pruning().pruner.function
     one = [unit for unit in range(units) for _ in range(heads.width)]
     writes = [(getattr(block, name), one * parts) for name, parts in heads.writes]
@@ -226,8 +292,6 @@ def _set_gradients(model: nn.Module, held: Mapping[str, torch.Tensor]) -> None:
 
 def _scored(library: str, group: Any, units: int) -> Importance:
     """The importance of a group's units by one of the library's classes."""
-    from pruners.surgery import _torch_pruning
-
     scorer = getattr(_torch_pruning().pruner.importance, library)()
     # Of a group whose first tensor has several channels per unit the library gives zeros beyond the units, which
     # are not to be normalised over.
@@ -245,8 +309,6 @@ def activations_of(model: nn.Module, samples: Batches) -> dict[str, torch.Tensor
     """What torch-pruning's activation importance looks at, by module: the absolute inputs of each channel, summed
     over the samples by a fully connected layer, their mean by a convolution."""
     import torch
-
-    from pruners.surgery import _torch_pruning
 
     scorer = _torch_pruning().pruner.importance.ActivationImportance()
     sums: dict[str, torch.Tensor] = {}

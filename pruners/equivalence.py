@@ -1,7 +1,8 @@
 """compact == masked: the pruned network computes what the dense one does with its units silenced.
 
-The masked network multiplies the removed channels by zero where the next weight layers read them, after norm and
-activation. A layer norm over removed channels is evaluated on those that are kept.
+The masked network is the dense one; what weight layers read of the removed units is multiplied by zero, and norms,
+softmaxes and sums over channels see the others alone. What to silence is not taken from surgery: the requested units
+of the dense network are disturbed, and what changes at the operations after them is what belongs to them.
 """
 
 from __future__ import annotations
@@ -9,21 +10,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from pruners.surgery import Coupling, Units, couplings, cut
+from pruners.dispatch import Operations, name_of
+from pruners.surgery import Units
 
 LIMIT = 1e-9
 """Largest relative difference allowed with exact propagation, in float64."""
 
 PROBE_SAMPLES = 8
+OBSERVED_SAMPLES = 2
+"""Samples on which is found what belongs to the removed units; that does not depend on their values."""
 
-_READS_CHANNELS_LAST = (nn.Linear,)
-_WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+
+class NoReference(Exception):
+    """Why no masked network can be built."""
+
+
+class _OverGroups(Exception):
+    """A group norm, of this weight, takes its statistics over removed units and others."""
+
+    def __init__(self, weight: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
 
 
 @dataclass(frozen=True)
@@ -34,29 +47,40 @@ class Equivalence:
     reason: str | None = None
 
 
-def equivalence(dense: nn.Module, compact: nn.Module, removed: Units, probe: Any) -> Equivalence:
-    """max |compact - masked| / max |masked| on `probe`, in float64 and eval mode.
+def equivalence(
+    dense: nn.Module, compact: nn.Module, removed: Units, probe: Any, partners: Units | None = None
+) -> Equivalence:
+    """Return max |compact - masked| / max |masked| on `probe`, in float64 and eval mode.
 
-    `probe` are inputs [N, ...], a tensor or a mapping of tensors. The error is null, with the reason, where no
-    masked network can be built.
+    `probe` are inputs [N, ...], a tensor or a mapping of tensors. `partners` are units of other layers that are said to
+    share their channels with the removed ones, as the branches of a sum do; those that do not are left as they are.
+    The error is null, with the reason, where no masked network can be built.
     """
-    example = _double(probe)
+    samples = _double(probe)
     reference = copy.deepcopy(dense).double().eval()
-    found = [one for coupled in couplings(reference, removed, _first(example)).values() for one in coupled]
-    over = {_norm_of(reference, c): c for c in found}
-    mixing = [name for name in over if name is not None and _mixes_groups(reference.get_submodule(name))]
-    if mixing:
-        return Equivalence(None, f"{mixing[0]} takes statistics over groups, which the removed units change")
-    norms = {name: replace(c, indices=_all_indices(found, c)) for name, c in over.items() if name is not None}
-    readers = [c for c in found if not c.outputs and isinstance(_module(reference, c), _WEIGHT_LAYERS)]
-    if not readers:
-        return Equivalence(None, "no layer reads the removed units")
-    with torch.no_grad():
-        got = copy.deepcopy(compact).double().eval()(example)
-        with _silenced(reference, readers, norms):
-            expected = reference(example)
-    scale = float(expected.abs().max())
-    return Equivalence(float((got - expected).abs().max()) / (scale or 1.0))
+    with torch.no_grad(), _no_fast_path():
+        got = _logits(copy.deepcopy(compact).double().eval()(samples))
+        try:
+            silencer = _Silencer(reference, _first(samples, OBSERVED_SAMPLES))
+            silencer.add(removed)
+            found = _difference(got, reference, samples, silencer)
+            if found > LIMIT and partners and silencer.add_partners(partners):
+                found = _difference(got, reference, samples, silencer)
+        except NoReference as error:
+            return Equivalence(None, str(error))
+    return Equivalence(found)
+
+
+def _difference(got: torch.Tensor, reference: nn.Module, samples: Any, silencer: _Silencer) -> float:
+    with _Masked(silencer.parts()):
+        expected = _logits(reference(samples))
+    if got.shape != expected.shape:
+        return float("inf")
+    return float((got - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+
+
+def _logits(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _double(probe: Any) -> Any:
@@ -65,36 +89,156 @@ def _double(probe: Any) -> Any:
     return probe.double() if probe.is_floating_point() else probe
 
 
-def _first(probe: Any) -> Any:
-    return {name: tensor[:1] for name, tensor in probe.items()} if isinstance(probe, Mapping) else probe[:1]
-
-
-def _module(model: nn.Module, coupled: Coupling) -> nn.Module | None:
-    return model.get_submodule(coupled.module) if coupled.dim is None else None
-
-
-def _norm_of(model: nn.Module, coupled: Coupling) -> str | None:
-    """The norm that takes statistics over these channels: the module, or the one whose tensor it is; or None."""
-    name = coupled.module if coupled.dim is None else coupled.module.rpartition(".")[0]
-    module = model.get_submodule(name)
-    each_alone = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-    return name if "norm" in type(module).__name__.lower() and not isinstance(module, each_alone) else None
-
-
-def _mixes_groups(module: nn.Module) -> bool:
-    return isinstance(module, nn.GroupNorm) and module.num_groups > 1
-
-
-def _all_indices(found: Sequence[Coupling], norm: Coupling) -> tuple[int, ...]:
-    """Of a norm over a concatenation, what all layers remove."""
-    return tuple(sorted({i for c in found if c.module == norm.module for i in c.indices}))
+def _first(probe: Any, n: int) -> Any:
+    return {name: tensor[:n] for name, tensor in probe.items()} if isinstance(probe, Mapping) else probe[:n]
 
 
 @contextmanager
-def _silenced(model: nn.Module, readers: Sequence[Coupling], norms: Mapping[str, Coupling]) -> Iterator[None]:
-    """Multiply by zero what weight layers read of the removed channels; norms do not see them."""
-    hooks = [_silence(model.get_submodule(c.module), c.indices) for c in readers]
-    hooks += [_on_kept(model.get_submodule(name), c) for name, c in norms.items()]
+def _no_fast_path() -> Iterator[None]:
+    """Attention step by step, as it is in training."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+# -- what belongs to the units -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """The slices of a dimension of one input of an operation that belong to the removed units."""
+
+    dim: int
+    indices: tuple[int, ...]
+
+
+Parts = dict[int, Part]
+"""Position of an input among an operation's tensors -> what of it belongs to the removed units."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of an operation that reads channels, on the undisturbed network."""
+
+    weight: tuple[Any, ...]
+    outputs: list[torch.Tensor]
+
+
+class _Silencer:
+    """Finds, for each call of an operation that reads channels, what of its inputs belongs to the removed units.
+
+    The units are made not a number: whatever is computed from them is not a number either.
+    """
+
+    def __init__(self, model: nn.Module, samples: Any) -> None:
+        self._model, self._samples = model, samples
+        plain = _Recorded()
+        with plain:
+            model(samples)
+        self._calls = plain.calls
+        self._parts: list[Parts] = [{} for _ in plain.calls]
+
+    def parts(self) -> list[Parts]:
+        """Return them, call by call, in the order in which the network makes them."""
+        return self._parts
+
+    def add(self, units: Units) -> None:
+        """Silence these units. Raises NoReference where nothing reads them."""
+        found = self._observed(units)
+        if not any(found):
+            raise NoReference("no layer reads the removed units")
+        self._take(found)
+
+    def add_partners(self, partners: Units) -> bool:
+        """Silence those units of other layers that are read together with silenced ones; whether there are any."""
+        left = {layer: self._observed({layer: units}) for layer, units in partners.items()}
+        taken = False
+        while found := next((layer for layer, parts in left.items() if self._is_silenced_somewhere(parts)), None):
+            self._take(left.pop(found))
+            taken = True
+        return taken
+
+    def _observed(self, units: Units) -> list[Parts]:
+        weights = {_weight_key(_own(self._model, layer)): tuple(own) for layer, own in units.items()}
+        try:
+            return self._observed_with(units, weights)
+        except _OverGroups as error:
+            name = next((n for n, p in self._model.named_parameters() if p is error.weight), "a group norm")
+            said = f"{name.removesuffix('.weight')} takes statistics over groups, which the removed units change"
+            raise NoReference(said) from None
+
+    def _observed_with(self, units: Units, weights: dict[tuple[Any, ...], tuple[int, ...]]) -> list[Parts]:
+        while True:
+            with _disturbed(self._model, units), _Observed(self._calls, weights) as seen:
+                self._model(self._samples)
+            # A weight that is used transposed too gives, there, what it does not read any more here.
+            uses = [call.weight for call in self._calls]
+            more = {call.weight: part for call, parts in zip(self._calls, seen.parts, strict=True) for part in parts.values()}
+            lost = {k: part.indices for k, part in more.items() if k and k not in weights and _transposed(k) and _transposed(k) in uses}
+            if not lost:
+                return seen.parts
+            weights |= lost
+
+    def _is_silenced_somewhere(self, parts: Sequence[Parts]) -> bool:
+        """Whether all that some call reads of these units is silenced there already."""
+        pairs = [(part, known.get(at)) for own, known in zip(parts, self._parts, strict=True) for at, part in own.items()]
+        return any(k is not None and k.dim == p.dim and set(p.indices) <= set(k.indices) for p, k in pairs)
+
+    def _take(self, parts: Sequence[Parts]) -> None:
+        both = [_united(known, own) for known, own in zip(self._parts, parts, strict=True)]
+        self._parts = _same_of_shared(self._calls, both)
+
+
+def _united(one: Parts, other: Parts) -> Parts:
+    made = dict(one)
+    for at, part in other.items():
+        known = made.get(at, part)
+        if known.dim != part.dim:
+            raise NoReference("the removed units are read along several dimensions")
+        made[at] = Part(part.dim, tuple(sorted({*known.indices, *part.indices})))
+    return made
+
+
+def _own(model: nn.Module, layer: str) -> torch.Tensor | None:
+    return getattr(model.get_submodule(layer), "weight", None)
+
+
+def _weight_key(weight: torch.Tensor | None) -> tuple[Any, ...]:
+    """What tells one weight, and the way in which it is used, from others."""
+    return () if weight is None else (weight.data_ptr(), tuple(weight.shape), weight.stride())
+
+
+def _transposed(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The key of a matrix that is used the other way round; of any other weight, one that no weight has."""
+    pointer, shape, stride = key
+    return (pointer, shape[::-1], stride[::-1]) if len(shape) == 2 and shape != (1, 1) else ()
+
+
+def _same_of_shared(calls: Sequence[_Call], parts: Sequence[Parts]) -> list[Parts]:
+    """Calls with one and the same weight lose the same inputs."""
+    together: dict[tuple[Any, ...], Parts] = {}
+    for call, own in zip(calls, parts, strict=True):
+        if call.weight:
+            together[call.weight] = _united(together.get(call.weight, {}), own)
+    return [together[call.weight] if call.weight else own for call, own in zip(calls, parts, strict=True)]
+
+
+@contextmanager
+def _disturbed(model: nn.Module, removed: Units) -> Iterator[None]:
+    """Make what the requested units give not a number, wherever their layers are run: of heads, their values."""
+    hooks = []
+    for layer, units in removed.items():
+        module: Any = model.get_submodule(layer)
+        if (heads := getattr(module, "prunable_heads", None)) is None:
+            hooks.append(module.register_forward_hook(_after(units)))
+        else:
+            name, parts = next((name, parts) for name, parts in heads.writes if name in ("qkv", "v"))
+            first = (parts - 1) * heads.count * heads.width
+            rows = [first + unit * heads.width + i for unit in units for i in range(heads.width)]
+            hooks.append(getattr(module, name).register_forward_hook(_after(rows)))
     try:
         yield
     finally:
@@ -102,41 +246,264 @@ def _silenced(model: nn.Module, readers: Sequence[Coupling], norms: Mapping[str,
             hook.remove()
 
 
-def _silence(module: nn.Module, channels: Sequence[int]) -> Any:
-    dim = -1 if isinstance(module, _READS_CHANNELS_LAST) else 1
+def _after(channels: Sequence[int]) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return _spoilt(output, -1 if isinstance(module, nn.Linear) else 1, channels)
 
-    def zero(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        shape = [1] * inputs[0].ndim
-        shape[dim] = inputs[0].shape[dim]
-        mask = torch.ones(shape[dim], dtype=inputs[0].dtype, device=inputs[0].device)
-        mask[list(channels)] = 0
-        return (inputs[0] * mask.reshape(shape),)
-
-    return module.register_forward_pre_hook(zero)
+    return hook
 
 
-def _on_kept(norm: nn.Module, coupled: Coupling) -> Any:
-    """Let a norm give what it would give of the kept channels alone, and zero for the others."""
-    own = coupled.module.rpartition(".")[2] if coupled.dim is not None else ""
-    tensors = [name for name, p in norm.named_parameters(recurse=False) if own and p.numel() > 1]
-    smaller = nn.Sequential(copy.deepcopy(norm))
-    parts = [replace(coupled, module=f"0.{name}") for name in tensors] or [replace(coupled, module="0")]
-    cut(smaller, parts)
-    gone = set(coupled.indices)
-
-    def replaced(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        (x,) = inputs
-        dim = _channel_dim(module, x)
-        kept = torch.tensor([i for i in range(x.shape[dim]) if i not in gone], device=x.device)
-        return torch.zeros_like(output).index_copy(dim, kept, smaller(x.index_select(dim, kept)))
-
-    return norm.register_forward_hook(replaced)
+def _spoilt(output: torch.Tensor, dim: int, channels: Sequence[int]) -> torch.Tensor:
+    index = torch.tensor(list(channels), device=output.device)
+    return output.index_fill(dim, index, float("nan"))
 
 
-def _channel_dim(norm: nn.Module, x: torch.Tensor) -> int:
-    """Where the channels of a norm's input are: by its number of them; where that is in doubt, by its name."""
-    size = max(p.numel() for p in norm.parameters())
-    places = [dim for dim in range(1, x.ndim) if x.shape[dim] == size]
-    if len(places) == 1:
-        return places[0]
-    return 1 if type(norm).__name__.endswith("2d") or isinstance(norm, nn.GroupNorm) else x.ndim - 1
+# -- the operations that read channels ---------------------------------------------------------------
+
+
+def _kind(func: Any) -> str | None:
+    """`weights` of what multiplies with weights, `statistic` of what sums or normalises; None of any other."""
+    name = name_of(func)
+    if name in _CONTRACTIONS:
+        return "weights"
+    return "statistic" if name in _STATISTICS else None
+
+
+_CONTRACTIONS: Mapping[str, tuple[tuple[int, int], ...]] = {
+    "convolution": ((0, 1),),
+    "mm": ((0, -1), (1, -2)),
+    "bmm": ((0, -1), (1, -2)),
+    "addmm": ((1, -1), (2, -2)),
+    "baddbmm": ((1, -1), (2, -2)),
+}
+"""Operation -> (argument, the dimension that it sums over)."""
+
+_STATISTICS = (
+    "native_layer_norm native_group_norm _softmax _log_softmax mean sum amax amin var std linalg_vector_norm logsumexp "
+    "max min prod var_mean"
+).split()
+
+
+class _Recorded(Operations):
+    """Keeps the outputs of what reads channels, and which weights it reads them with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if (kind := _kind(func)) is not None:
+            key = _weight_key(args[_weight_at(func)]) if kind == "weights" else ()
+            self.calls.append(_Call(key, [t.clone() for t in _outputs(output)]))
+        return output
+
+
+def _weight_at(func: Any) -> int:
+    """Which argument of a product is the second factor."""
+    return _CONTRACTIONS[name_of(func)][-1][0] if name_of(func) != "convolution" else 1
+
+
+def _outputs(output: Any) -> list[torch.Tensor]:
+    return [t for t in (output if isinstance(output, tuple | list) else [output]) if isinstance(t, torch.Tensor)]
+
+
+class _Observed(Operations):
+    """Sees which inputs of what reads channels are not a number any more, and goes on with undisturbed outputs.
+
+    Where one of the requested `weights` is used outside of its layer too, what that gives is disturbed in the same way.
+    """
+
+    def __init__(self, calls: Sequence[_Call], weights: Mapping[tuple[Any, ...], tuple[int, ...]]) -> None:
+        super().__init__()
+        self._calls = calls
+        self._weights = weights
+        self._spoilt_masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.parts: list[Parts] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        kind = _kind(func)
+        if kind is None:
+            return self._through_conditions(func, args, output)
+        call = self._calls[len(self.parts)]
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        changed = [t.isnan() if t.is_floating_point() else torch.zeros_like(t, dtype=torch.bool) for t in tensors]
+        if kind == "weights":
+            self.parts.append(_read_parts(func, args, tensors, changed))
+            output = _as_returned(output, call.outputs) if self.parts[-1] else output
+            return self._tied(func, args, output)
+        self.parts.append(_norm_parts(func, args, changed[0]))
+        if not self.parts[-1]:
+            return output
+        if call.outputs[0].shape != tensors[0].shape:
+            return _as_returned(output, call.outputs)
+        # A norm gives the removed channels too, and they are still theirs.
+        spoilt = call.outputs[0].masked_fill(changed[0], float("nan"))
+        return _as_returned(output, [spoilt, *call.outputs[1:]])
+
+    def _through_conditions(self, func: Any, args: Any, output: Any) -> Any:
+        """A comparison of no number is false, and hides it: what is chosen by one is not a number either."""
+        if isinstance(output, torch.Tensor) and output.dtype == torch.bool:
+            spoilt = [self._spoilt(a) for a in args if isinstance(a, torch.Tensor)]
+            spoilt = [one for one in spoilt if one is not None and one.any()]
+            if spoilt:
+                mask = spoilt[0].broadcast_to(output.shape) if spoilt[0].numel() in (1, output.numel()) else spoilt[0]
+                for one in spoilt[1:]:
+                    mask = mask | one
+                self._spoilt_masks[id(output)] = (output, mask)
+            return output
+        masks = [found[1] for a in args if isinstance(a, torch.Tensor) and (found := self._spoilt_masks.get(id(a)))]
+        if masks and isinstance(output, torch.Tensor) and output.is_floating_point():
+            for mask in masks:
+                output = output.masked_fill(mask, float("nan"))
+        return output
+
+    def _spoilt(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        if tensor.is_floating_point():
+            return tensor.isnan()
+        return self._spoilt_masks[id(tensor)][1] if id(tensor) in self._spoilt_masks else None
+
+    def _tied(self, func: Any, args: Any, output: Any) -> Any:
+        weight = args[_weight_at(func)]
+        if name_of(func) == "convolution":
+            units, dim = self._weights.get(_weight_key(weight)), 1
+        else:
+            units, dim = self._weights.get(_weight_key(weight.mT)), -1
+        return _spoilt(output, dim, units) if units else output
+
+
+def _as_returned(output: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """`tensors` in the form that an operation returns them in."""
+    if isinstance(output, torch.Tensor):
+        return tensors[0].clone()
+    return type(output)([t.clone() for t in tensors])
+
+
+def _along(changed: torch.Tensor, dim: int) -> list[int]:
+    """The slices of a dimension in which something differs."""
+    others = [d for d in range(changed.ndim) if d != dim % changed.ndim]
+    found = changed.amax(others) if others else changed
+    return found.nonzero().flatten().tolist()
+
+
+def _is_constant(changed: torch.Tensor, dim: int) -> bool:
+    return bool((changed == changed.narrow(dim, 0, 1)).all())
+
+
+def _read_parts(func: Any, args: Any, tensors: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> Parts:
+    """What a product sums over of the disturbed units; rows that are disturbed as a whole go through it."""
+    name = name_of(func)
+    if name == "convolution" and args[8] > 1:  # each channel for itself: it goes on as one
+        return {}
+    parts: Parts = {}
+    for argument, dim in _CONTRACTIONS[name]:
+        position = next(i for i, t in enumerate(tensors) if t is args[argument])
+        differs = changed[position]
+        if not differs.any():
+            continue
+        is_whole = _is_constant(differs, dim % differs.ndim)
+        if is_whole and (name != "convolution" or not _all_samples(differs)):
+            continue
+        parts[position] = Part(dim % differs.ndim, tuple(_along(differs, dim)))
+    return parts
+
+
+def _all_samples(differs: torch.Tensor) -> bool:
+    return bool(differs.flatten(1).any(1).all())
+
+
+def _norm_parts(func: Any, args: Any, changed: torch.Tensor) -> Parts:
+    """What a norm or a sum takes its statistics over of the disturbed units."""
+    name = name_of(func)
+    dims = _statistic_dims(func, name, args, changed.ndim)
+    along = [dim for dim in dims if changed.any() and not _is_constant(changed, dim)]
+    if not along:
+        return {}
+    if name == "native_group_norm" and args[6] > 1:
+        raise _OverGroups(args[1])
+    wide = [dim for dim in along if _whole_slices(changed, dim)]
+    if not wide:
+        raise NoReference(f"{name} takes statistics over some of the removed units, and not over whole slices of them")
+    return {0: Part(wide[0], tuple(_along(changed, wide[0])))}
+
+
+def _whole_slices(changed: torch.Tensor, dim: int) -> bool:
+    """Whether what differs are slices of this dimension, and the same ones everywhere."""
+    slices = torch.zeros(changed.shape[dim], dtype=torch.bool, device=changed.device)
+    slices[_along(changed, dim)] = True
+    shape = [1] * changed.ndim
+    shape[dim] = -1
+    hidden = [d for d in range(changed.ndim) if d != dim]
+    return bool((changed.amax(hidden) if hidden else changed).equal(slices)) and not (
+        changed & ~slices.reshape(shape)
+    ).any()
+
+
+def _statistic_dims(func: Any, name: str, args: Any, ndim: int) -> list[int]:
+    if name == "native_layer_norm":
+        return list(range(ndim - len(args[1]), ndim))
+    if name == "native_group_norm":
+        return list(range(1, ndim))
+    names = [argument.name for argument in func._schema.arguments]
+    if "dim" not in names:
+        return list(range(ndim))
+    at = names.index("dim")
+    given = args[at] if at < len(args) else None
+    if given is None or (isinstance(given, tuple | list) and not given):
+        return list(range(ndim))
+    return [dim % ndim for dim in (given if isinstance(given, tuple | list) else [given])]
+
+
+# -- the masked network ------------------------------------------------------------------------------
+
+
+class _Masked(Operations):
+    """Runs a network with the removed units silenced: zeros for weights, not there for norms and sums."""
+
+    def __init__(self, silenced: Sequence[Parts]) -> None:
+        super().__init__()
+        self._left = iter(silenced)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = _kind(func)
+        parts = next(self._left) if kind is not None else {}
+        if not parts:
+            return func(*args, **(kwargs or {}))
+        tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+        given = list(args)
+        if kind == "weights":
+            for position, part in parts.items():
+                given[tensors[position]] = _zeroed(given[tensors[position]], part)
+            return func(*given, **(kwargs or {}))
+        return _on_kept(func, given, kwargs or {}, parts[0])
+
+
+def _zeroed(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    index = torch.tensor(part.indices, dtype=torch.int64, device=tensor.device)
+    return tensor.index_fill(part.dim, index, 0.0)
+
+
+def _on_kept(func: Any, args: list[Any], kwargs: Mapping[str, Any], part: Part) -> Any:
+    """A norm or a sum of the kept slices; a norm gives zeros in place of the others."""
+    x, name = args[0], name_of(func)
+    kept = torch.tensor([i for i in range(x.shape[part.dim]) if i not in set(part.indices)], device=x.device)
+    args[0] = x.index_select(part.dim, kept)
+    if name == "native_layer_norm":
+        own = part.dim - (x.ndim - len(args[1]))
+        args[1] = [len(kept) if i == own else n for i, n in enumerate(args[1])]
+        for at in (2, 3):
+            args[at] = None if args[at] is None else args[at].index_select(own, kept)
+    elif name == "native_group_norm":
+        args[4] = len(kept)
+        for at in (1, 2):
+            args[at] = None if args[at] is None else args[at].index_select(0, kept)
+    output = func(*args, **kwargs)
+    first = _outputs(output)[0]
+    if first.ndim != x.ndim or first.shape[part.dim] != len(kept) or name in _SUMS:
+        return output
+    whole = torch.zeros_like(x).index_copy(part.dim, kept, first)
+    return whole if isinstance(output, torch.Tensor) else (whole, *output[1:])
+
+
+_SUMS = ("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "max", "min", "prod", "var_mean")

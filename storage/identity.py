@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """A sweep's name is a folder's name."""
@@ -38,30 +38,26 @@ _RECIPE_1: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "seed": None,
 }
-CELL_DEFAULTS: Mapping[int, Mapping[str, Any]] = {
-    1: _CELL_1,
-    2: {**_CELL_1, "scope": "local", "calibration": 256, "content": {}},
+_CELL_2: Mapping[str, Any] = {**_CELL_1, "scope": "local", "calibration": 256, "content": {}}
+_RECIPE_2: Mapping[str, Any] = {
+    **_RECIPE_1,
+    "lr_schedule": "table",
+    "warmup_epochs": 0,
+    "final_lr": 0.0,
+    "betas": [0.9, 0.999],
+    "label_smoothing": 0.0,
+    "clip_norm": None,
+    "ema": None,
+    "accumulate": 1,
+    "max_steps": None,
+    "augment": True,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "lora_rank": None,
+    "weights": None,
 }
-RECIPE_DEFAULTS: Mapping[int, Mapping[str, Any]] = {
-    1: _RECIPE_1,
-    2: {
-        **_RECIPE_1,
-        "lr_schedule": "table",
-        "warmup_epochs": 0,
-        "final_lr": 0.0,
-        "betas": [0.9, 0.999],
-        "label_smoothing": 0.0,
-        "clip_norm": None,
-        "ema": None,
-        "accumulate": 1,
-        "max_steps": None,
-        "augment": True,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "lora_rank": None,
-        "weights": None,
-    },
-}
+CELL_DEFAULTS: Mapping[int, Mapping[str, Any]] = {1: _CELL_1, 2: _CELL_2, 3: {**_CELL_2, "sets": {}}}
+RECIPE_DEFAULTS: Mapping[int, Mapping[str, Any]] = {1: _RECIPE_1, 2: _RECIPE_2, 3: _RECIPE_2}
 
 FOLDERS = ("imagefolder", "llava")
 """Data sets named `<kind>:<path>`: their ids depend on what lies there, not on where."""

@@ -148,6 +148,10 @@ def kind_of(dataset: str) -> str:
     return kind if kind in FOLDERS else dataset
 
 
+ChannelSets = tuple[tuple[int, ...], ...]
+"""For each unit of a layer its output channels, ascending."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One grid point without candidate and seed: what one correlation is computed over.
@@ -155,7 +159,8 @@ class Cell:
     `layers` is ((layer name, pruning ratio), ...) in network order. `sampling_seed` is set when
     candidates are sampled, `pruner_seed` when the pruner draws. With `scope` global a criterion ranks the units
     of all layers together. `calibration` is how many samples data-driven criteria see. `content` is as a
-    dense model's, of a `pruner` that is a user's code.
+    dense model's, of a `pruner` that is a user's code. `sets` is ((layer, the output channels of each of its units), ...)
+    for the layers whose channels can only be removed in sets, or share their weight with another layer.
     """
 
     dense: Dense
@@ -173,11 +178,17 @@ class Cell:
     scope: str = "local"
     calibration: int = 256
     content: tuple[tuple[str, str], ...] = ()
+    sets: tuple[tuple[str, ChannelSets], ...] = ()
 
     @cached_property
     def cell_id(self) -> str:
         data = self.to_dict() | {"retrain": self.retrain.identity(), "dense": self.dense.dense_id}
         return digest(without_defaults(data, CELL_DEFAULTS[SCHEMA_VERSION]))
+
+    def channels(self, layer: str, units: Iterable[int]) -> tuple[int, ...]:
+        """Return the output channels of these units of a layer, ascending: mostly the units themselves."""
+        sets = dict(self.sets).get(layer)
+        return tuple(sorted(units if sets is None else (channel for unit in units for channel in sets[unit])))
 
     @property
     def pruning_ratio(self) -> float | None:
@@ -196,6 +207,7 @@ class Cell:
         data["retrain"] = self.retrain.to_dict()
         data["layers"] = [list(layer) for layer in self.layers]
         data["content"] = dict(self.content)
+        data["sets"] = {layer: [list(channels) for channels in sets] for layer, sets in self.sets}
         return without_later(data, CELL_DEFAULTS)
 
     @staticmethod
@@ -204,7 +216,8 @@ class Cell:
         layers = tuple((str(name), float(ratio)) for name, ratio in data["layers"])
         dense, retrain = Dense.from_dict(data["dense"]), Recipe.from_dict(data["retrain"])
         content = tuple(sorted(data.get("content", {}).items()))
-        return Cell(**{**data, "dense": dense, "retrain": retrain, "layers": layers, "content": content})
+        sets = tuple((name, tuple(map(tuple, of))) for name, of in sorted(data.get("sets", {}).items()))
+        return Cell(**{**data, "dense": dense, "retrain": retrain, "layers": layers, "content": content, "sets": sets})
 
     def __str__(self) -> str:
         layers = joined([name for name, _ in self.layers])

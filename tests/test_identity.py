@@ -57,6 +57,7 @@ CHANGES: dict[type, dict[str, Any]] = {
         "scope": "global",
         "calibration": 128,
         "content": (("pruner", "ab"),),
+        "sets": (("conv1", ((0, 1), (2, 3))),),
     },
     Dense: {"model": "lenet5", "dataset": "digits", "validation": 0.1, "content": (("model", "ab"),)},
     Recipe: {

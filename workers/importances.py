@@ -20,10 +20,13 @@ from pruners.criteria import (
     own_norms,
     score,
 )
+from pruners.coupling import traced
+from pruners.surgery import units_of
 from workers.datasets import check_content
 from workers.streams import generator, seeded
 
 if TYPE_CHECKING:
+    from pruners.coupling import Graph
     from storage.records import Cell
     from workers.datasets import Samples
     from workers.worker import Worker
@@ -69,9 +72,11 @@ def of_network(
 ) -> Importances:
     """By every criterion, by `only` one, or by those that look at weights alone: of a network of the cell's model,
     pruned maybe, for the cell's layers."""
-    units = {name: n_units(network, name) for name, _ in cell.layers}
+    graph = _graph_of(network, cell, worker)
+    sets = {name: graph.sets(name) for name, _ in cell.sets} if graph is not None else {}
+    units = {name: len(sets[name]) if name in sets else units_of(network.get_submodule(name)) for name, _ in cell.layers}
     wanted = "weights" if of_weights else None if only is None else CRITERIA[only].needs
-    own = {name: own_norms(network, name, n) for name, n in units.items()}
+    own = {name: own_norms(network, name, n, sets.get(name)) for name, n in units.items()}
     found: dict[str, dict[str, Importance]] = {c: {name: of[c] for name, of in own.items()} for c in ("l1", "l2")}
     if only in found:
         return found
@@ -86,9 +91,19 @@ def of_network(
         (example, _) = next(_batches(calibration, 1))
         copied = copy.deepcopy(network).cpu()
         found |= library_importances(
-            copied, units, _on_cpu(example), gradients=gradients, activations=activations, only=only
+            copied, units, _on_cpu(example), gradients=gradients, activations=activations, only=only, graph=graph
         )
     return found
+
+
+def _graph_of(network: nn.Module, cell: Cell, worker: Worker) -> Graph | None:
+    """The couplings of the dense model; of another network only where units are sets of channels, None elsewhere."""
+    if network is worker.dense(cell.dense).model:
+        return worker.graph(cell)
+    if not cell.sets:
+        return None
+    (example, _) = next(_batches(calibration_of(cell, worker), 1))
+    return traced(network, _on_cpu(example))
 
 
 def _is_large(cell: Cell) -> bool:
@@ -120,17 +135,21 @@ def by_user(network: nn.Module, cell: Cell, worker: Worker) -> dict[str, Importa
             made = importance(here, name, images, labels)
             if not isinstance(made, torch.Tensor):
                 raise ValueError(f"{cell.pruner} gave a {type(made).__name__} for {name}, not a tensor [units]")
-            found[name] = checked(made, n_units(network, name))
+            found[name] = _of_units(made, name, network, cell, worker)
     return found
 
 
-def n_units(network: nn.Module, layer: str) -> int:
-    """How many units a layer has now: its outputs, or an attention block's heads."""
-    module: Any = network.get_submodule(layer)
-    heads = getattr(module, "prunable_heads", None)
-    if heads is not None:
-        return heads.count
-    return module.weight.shape[1 if getattr(module, "transposed", False) else 0]
+def _of_units(made: torch.Tensor, layer: str, network: nn.Module, cell: Cell, worker: Worker) -> Importance:
+    """An importance for each unit from one for each unit or for each output channel: then their sum."""
+    channels = units_of(network.get_submodule(layer))
+    if layer not in dict(cell.sets):
+        return checked(made, channels)
+    graph = _graph_of(network, cell, worker)
+    assert graph is not None
+    sets = graph.sets(layer)
+    if made.shape == (channels,) and len(sets) != channels:
+        made = torch.stack([made[list(one)].sum() for one in sets])
+    return checked(made, len(sets))
 
 
 def scores(importances: Importances, removed: Mapping[str, Sequence[int]]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from models import layer_units
 from pruners.equivalence import LIMIT, PROBE_SAMPLES, Equivalence, equivalence
 from pruners.masks import Masks, choose_masks, mask_sha256, masked, n_weights, packed_masks, unpacked_masks, zeroed
 from pruners.pruners import by_importance, choose, drawn, find_pruner, steps_of
-from pruners.surgery import check_fell, prune
+from pruners.coupling import Graph, traced
+from pruners.surgery import check_fell, prune, units_of
 from storage.records import Removed
 from workers.datasets import probe
 from workers.importances import by_user, of_dense, of_network, scores
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workers.worker import DenseModel, Worker
 
 Units = Mapping[str, tuple[int, ...]]
-"""Layer -> the units it has lost, in the dense network's numbers."""
+"""Layer -> the units it has lost, in the dense network's numbers. A unit is one channel, or a set of channels."""
 
 
 class NotEquivalent(Exception):
@@ -72,34 +72,49 @@ def prune_task(task: Task, start: Start, worker: Worker) -> Pruned:
 def _cut(task: Task, start: Start, worker: Worker) -> Pruned:
     cell = task.cell
     removed = _units_of(task, start, worker)
-    now = {name: _positions(start.removed.get(name, ()), units) for name, units in removed.items()}
-    now = {name: units for name, units in now.items() if units}
+    gone = channels_of(cell, start.removed)
+    now = {name: _positions(gone.get(name, ()), channels) for name, channels in channels_of(cell, removed).items()}
+    now = {name: channels for name, channels in now.items() if channels}
     train = worker.data(cell.dense).train
     with seeded(cell.dense.dataset, 0, "surgery"):
-        network = _without(start.network, now, probe(train, 1), cell, worker)
-        found = equivalence(start.network, network, now, probe(train, PROBE_SAMPLES)) if now else Equivalence(0.0)
+        graph = worker.graph(cell)
+        if graph is not None and start.step > 1:
+            graph = traced(start.network, probe(train, 1))
+        network = _without(start.network, now, probe(train, 1), graph, cell, worker)
+        partners = graph.partners(now) if graph is not None else None
+        found = equivalence(start.network, network, now, probe(train, PROBE_SAMPLES), partners) if now else _NOTHING
     if cell.propagation == "exact" and found.error is not None and not found.error <= LIMIT:
         raise NotEquivalent(f"relative difference {found.error:.3g} to the masked network, limit {LIMIT}")
     return _with_units(task, network, removed, found, start.dense, worker)
 
 
-def _without(network: nn.Module, removed: Units, example: Any, cell: Cell, worker: Worker) -> nn.Module:
-    """A copy of a network without these units, in its own numbers."""
+_NOTHING = Equivalence(0.0)
+"""Of a step that removes nothing."""
+
+
+def channels_of(cell: Cell, units: Units) -> Units:
+    """Return layer -> the output channels of its units."""
+    return {name: cell.channels(name, of) for name, of in units.items()}
+
+
+def _without(
+    network: nn.Module, removed: Units, example: Any, graph: Graph | None, cell: Cell, worker: Worker
+) -> nn.Module:
+    """A copy of a network without these channels, in its own numbers."""
     if not removed:
         return copy.deepcopy(network)
     if cell.propagation == "exact":
-        return prune(network, removed, example)
-    ratios, units = dict(cell.layers), layer_units(cell.dense.model)
+        return prune(network, removed, example, graph=graph)
     by_l1 = {name: one.needed(name, "l1") for name, one in of_dense(cell, worker)["l1"].items()}
-    l1_removed = choose("l1", units, ratios, importances=by_l1)
-    return prune(network, removed, example, propagation=cell.propagation, l1_removed=l1_removed)
+    l1_removed = channels_of(cell, choose("l1", worker.units(cell), dict(cell.layers), importances=by_l1))
+    return prune(network, removed, example, propagation=cell.propagation, l1_removed=l1_removed, graph=graph)
 
 
 def _units_of(task: Task, start: Start, worker: Worker) -> dict[str, tuple[int, ...]]:
     """The units that are gone after this step."""
     cell, kind = task.cell, find_pruner(task.cell.pruner)
     ratios, steps = dict(cell.layers), steps_of(cell.schedule)
-    units = {name: layer_units(cell.dense.model)[name] for name in ratios}
+    units = worker.units(cell)
     if steps == 1:
         importances = _needed(of_dense(cell, worker)[kind.criterion], kind.criterion) if kind.criterion else None
         return choose(
@@ -151,18 +166,19 @@ def _positions(gone: Sequence[int], removed: Sequence[int]) -> tuple[int, ...]:
 def _with_units(
     task: Task, network: nn.Module, removed: Units, found: Equivalence, dense: DenseModel, worker: Worker
 ) -> Pruned:
-    cell, units = task.cell, layer_units(task.cell.dense.model)
+    cell = task.cell
     example = probe(worker.data(cell.dense).train, 1)
-    shape = (cell.dense.dense_id, *((layer, len(chosen)) for layer, chosen in removed.items()))
-    params, macs = worker.size(network, example, shape)
+    params, macs = worker.size(network, example, cell.dense)
+    channels = channels_of(cell, removed)
+    every = sum(units_of(dense.model.get_submodule(layer)) for layer in removed)
     common = _in_common(cell, found, dense, worker)
     if any(removed.values()):
         check_fell((common["dense_params"], common["dense_macs"]), (params, macs))
     measured = {
         "params": params,
         "macs": macs,
-        "removed": tuple(Removed(layer, chosen) for layer, chosen in removed.items()),
-        "achieved_ratio": sum(map(len, removed.values())) / sum(units[layer] for layer in removed),
+        "removed": tuple(Removed(layer, chosen) for layer, chosen in channels.items()),
+        "achieved_ratio": sum(map(len, channels.values())) / every,
         **scores(of_dense(cell, worker), removed),
     }
     return Pruned(network, removed, {}, measured | common)
@@ -230,7 +246,7 @@ def _with_masks(
 
 def _in_common(cell: Cell, found: Equivalence, dense: DenseModel, worker: Worker) -> dict[str, Any]:
     example = probe(worker.data(cell.dense).train, 1)
-    params, macs = worker.size(dense.model, example, (cell.dense.dense_id,))
+    params, macs = worker.size(dense.model, example, cell.dense)
     return {
         "dense_params": params,
         "dense_macs": macs,
@@ -253,11 +269,11 @@ def after_step(pruned: Pruned, trained: Mapping[str, torch.Tensor], start: Start
 
 def _shaped(removed: Units, dense: DenseModel, cell: Cell, worker: Worker) -> nn.Module:
     """A network of the dense one's shape without these units."""
-    gone = {name: units for name, units in removed.items() if units}
+    gone = {name: channels for name, channels in channels_of(cell, removed).items() if channels}
     with seeded(cell.dense.dataset, 0, "surgery"):
         if not gone:
             return copy.deepcopy(dense.model)
-        return prune(dense.model, gone, probe(worker.data(cell.dense).train, 1))
+        return prune(dense.model, gone, probe(worker.data(cell.dense).train, 1), graph=worker.graph(cell))
 
 
 def story(pruned: Pruned) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from workers.columns import curves, outcome, peak_memory, provenance
 from workers.execution import arithmetic
 from workers.measures import Epoch
 from workers.networks import network_file
-from workers.pruning import Pruned, Start, after_step, prune_task, story, told
+from workers.pruning import Pruned, Start, after_step, channels_of, prune_task, story, told
 from workers.rates import planned_epochs
 from workers.training import train
 from workers.weights import portable
@@ -255,7 +255,8 @@ def _kept_file(keeper: Keeper, task: Task, pruned: Pruned, worker: Worker) -> by
     if keeper.weights is None:
         return None
     dataset = worker.dataset(task.cell.dense)
-    return network_file(permanent(keeper.weights), task, pruned.removed, dataset.classes, dataset.shape)
+    removed = channels_of(task.cell, pruned.removed)
+    return network_file(permanent(keeper.weights), task, removed, dataset.classes, dataset.shape)
 
 
 class Keeper:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
+    from pruners.coupling import Graph
     from storage.records import Cell, Dense, Execution, Recipe, Shard, Task
     from storage.store import Store
     from workers.checkpoints import Checkpoint
@@ -416,15 +417,12 @@ class Worker:
         return replace(execution_of(SERIAL, self.accelerator.device), processes=self.accelerator.num_processes)
 
     def _shape(self, cell: Cell) -> tuple[Any, ...]:
-        from models import layer_units
-        from pruners.candidates import n_removed
         from workers.backends import is_plain
 
         if cell.granularity == "weight":
             removed = tuple(ratio for _, ratio in cell.layers)
         else:
-            units = layer_units(cell.dense.model)
-            removed = tuple(n_removed(units[name], ratio) for name, ratio in cell.layers)
+            removed = tuple(len(channels) for channels in self._first_channels(cell).values())
         names = tuple(name for name, _ in cell.layers)
         kind = () if is_plain(cell.retrain) else ("eager",)
         usual = {cell.granularity: "filter", cell.schedule: "one-shot", cell.scope: "local"}
@@ -434,15 +432,46 @@ class Worker:
 
     def _example(self, cell: Cell) -> nn.Module:
         """A pruned network of a cell's shape."""
-        from models import layer_units
-        from pruners.candidates import n_removed
         from pruners.surgery import prune
         from workers.datasets import probe
 
-        units = layer_units(cell.dense.model)
-        removed = {name: tuple(range(n_removed(units[name], ratio))) for name, ratio in cell.layers}
-        removed = {name: gone for name, gone in removed.items() if gone}
-        return prune(self.dense(cell.dense).model, removed, probe(self.data(cell.dense).train, 1))
+        removed = {name: gone for name, gone in self._first_channels(cell).items() if gone}
+        example = probe(self.data(cell.dense).train, 1)
+        return prune(self.dense(cell.dense).model, removed, example, graph=self.graph(cell))
+
+    def _first_channels(self, cell: Cell) -> dict[str, tuple[int, ...]]:
+        """The channels of as many of the first units of each layer as its ratio removes."""
+        from pruners.candidates import n_removed
+
+        units = self.units(cell)
+        return {name: cell.channels(name, range(n_removed(units[name], ratio))) for name, ratio in cell.layers}
+
+    def units(self, cell: Cell) -> dict[str, int]:
+        """Return layer -> how many units a cell's layers have in the dense model."""
+        from pruners.surgery import units_of
+
+        model, sets = self.dense(cell.dense).model, dict(cell.sets)
+        return {n: len(sets[n]) if n in sets else units_of(model.get_submodule(n)) for n, _ in cell.layers}
+
+    def graph(self, cell: Cell) -> Graph | None:
+        """Return the couplings of a cell's dense model; None where only heads are pruned.
+
+        Raises Changed where the units of a layer are others than the cell was planned with.
+        """
+        from pruners.coupling import traced
+        from workers.datasets import probe
+
+        model = self.dense(cell.dense).model
+        layers = [name for name, _ in cell.layers if not hasattr(model.get_submodule(name), "prunable_heads")]
+        if not layers:
+            return None
+
+        def make() -> Graph:
+            return traced(model, probe(self.data(cell.dense).train, 1))
+
+        found: Graph = self._once(("graph", cell.dense.dense_id), make)
+        self._once(("sets", cell.cell_id), lambda: _check_sets(found, cell, layers))
+        return found
 
     def _fastest(self, network: nn.Module, data: Data, recipe: Recipe, block: int) -> dict[str, Any]:
         """The choice for networks like this one, in fleets of at most `block`."""
@@ -490,9 +519,26 @@ class Worker:
         key = ("baseline", cell.dense.dense_id, cell.loss_subset, execution.json, batch)
         return self._once(key, make)
 
-    def size(self, network: nn.Module, example: torch.Tensor, shape: tuple[Any, ...]) -> tuple[int, int]:
-        """(parameters, multiply-adds) of a network; `shape` names it."""
-        return self._once(("size", *shape), lambda: count(network, example))
+    def size(self, network: nn.Module, example: torch.Tensor, dense: Dense) -> tuple[int, int]:
+        """Return (parameters, multiply-adds) of a network, dense or pruned from it, counted once for each set of shapes
+        of all its tensors and activations."""
+        from pruners.dispatch import shapes_of
+
+        return self._once(("size", dense.dense_id, shapes_of(network, example)), lambda: count(network, example))
+
+
+def _check_sets(graph: Graph, cell: Cell, layers: Sequence[str]) -> bool:
+    """Raise Changed where the units of these layers are others than the cell was planned with."""
+    from workers.datasets import Changed
+
+    planned = dict(cell.sets)
+    for layer in layers:
+        found = graph.sets(layer)
+        is_plain = layer not in planned and all(len(channels) == 1 for channels in found)
+        if not is_plain and found != planned.get(layer):
+            said = "other units than the sweep was planned with: some of its channels can only be removed together"
+            raise Changed(f"{layer} of {cell.dense.model} has {said}; run the spec again to plan new tasks")
+    return True
 
 
 def grouped(rows: Iterator[Row]) -> Iterator[list[Row]]:
