@@ -77,6 +77,7 @@ def prunable_of(model: nn.Module, graph: Graph, example: Any) -> Layers:
     inside = _inside_attention(model)
     units: dict[str, int] = {}
     sets: dict[str, Sets] = {}
+    others: dict[str, int] = {}
     refused: dict[str, str] = {}
     covered: set[int] = set()
     for name in graph.order:
@@ -95,16 +96,16 @@ def prunable_of(model: nn.Module, graph: Graph, example: Any) -> Layers:
             refused[name] = str(error)
             continue
         classes = set(graph.classes_of(name))
-        if len(found) < 2 or classes & covered:
+        if len(found) < 2:
             continue
         if (problem := _taken_apart(model, name, found, graph, example)) is not None:
             refused[name] = f"{name}: {problem}"
-        else:
-            covered |= classes
-            units[name] = len(found)
-            if len(found[0]) > 1 or graph.shared_with(name):
-                sets[name] = found
-    return Layers(units, sets, refused)
+            continue
+        (others if classes & covered else units)[name] = len(found)
+        covered |= classes
+        if len(found[0]) > 1 or graph.shares_a_tensor(name):
+            sets[name] = found
+    return Layers(units, sets, others, refused)
 
 
 def _taken_apart(model: nn.Module, layer: str, sets: Sets, graph: Graph, example: Any) -> str | None:

@@ -165,7 +165,11 @@ class _Known:
 
     def units(self, granularity: str) -> Mapping[str, int]:
         """Return layer -> what can be removed of it: units, or single weights. Raises ValueError."""
-        return weight_layers(self.model) if granularity == "weight" else self.prunable.units
+        return weight_layers(self.model) if granularity == "weight" else {**self.prunable.units, **self.prunable.others}
+
+    def others(self, granularity: str) -> Mapping[str, int]:
+        """Return the layers that only their exact names stand for."""
+        return {} if granularity == "weight" else self.prunable.others
 
     def refused(self, granularity: str) -> Mapping[str, str]:
         """Return layer -> why its units cannot be removed."""
@@ -265,14 +269,15 @@ def _resolve(
 ) -> Layers:
     """Names and patterns -> the model's layers in network order, each with its ratio."""
     units, refused = known.units(granularity), known.refused(granularity)
+    by_pattern = [name for name in units if name not in known.others(granularity)]
     found: dict[str, float] = {}
     for pattern, ratio in ratios.items():
-        matching = [name for name in units if name == pattern or fnmatchcase(name, pattern)]
+        matching = [pattern] if pattern in units else [name for name in by_pattern if fnmatchcase(name, pattern)]
         if not matching and pattern in refused:
             raise fail(f"{known.model}: {refused[pattern]}")
         if not matching:
-            there = ", ".join(units) or "none"
-            hint = nearest(pattern, units)
+            there = ", ".join(by_pattern) or "none"
+            hint = nearest(pattern, by_pattern)
             raise fail(f"{pattern!r} matches no layer of {known.model} that can be pruned; it has {there}{hint}")
         for name in matching:
             if found.get(name, ratio) != ratio:

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from pruners.coupling import Graph
     from storage.records import Cell
 
 SAMPLES = 2
 
 Layers = tuple[tuple[str, float], ...]
+Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ def _subjects(cells: Iterable[Cell], data_root: str | None) -> list[Subject]:
 def _problems(subject: Subject) -> Iterator[str]:
     import torch
 
+    from workers.rehearsal import check_saved
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -165,12 +169,13 @@ def _problems(subject: Subject) -> Iterator[str]:
                 load_weights(model, subject.model, subject.weights)
             probe = torch.randn(SAMPLES, *subject.shape)
             check_forward(model, probe, subject.classes)
+            check_saved(model, subject.model, subject.classes, subject.shape, probe)
         except ValueError as error:
             yield f"{subject.model}: {_without_name(subject.model, error)}"
             return
         for layers, granularity in subject.prunings:
             try:
-                check_pruning(model, layers, granularity, probe)
+                check_pruning(model, layers, granularity, probe, subject.model)
             except ValueError as error:
                 ratios = sorted({ratio for _, ratio in layers})
                 named = ", ".join(name for name, _ in layers[:4]) + (" ..." if len(layers) > 4 else "")
@@ -234,47 +239,106 @@ def _run(model: nn.Module, probe: torch.Tensor) -> Any:
         raise ValueError(f"it cannot be run on inputs of {shape}: {type(error).__name__}: {error}") from error
 
 
-def check_pruning(model: nn.Module, layers: Layers, granularity: str, probe: torch.Tensor) -> Sizes | None:
-    """Prune a copy of `model`, run it, and compare. Raises ValueError with the reason where that cannot be.
+def check_pruning(
+    model: nn.Module, layers: Layers, granularity: str, probe: torch.Tensor, name: str | None = None
+) -> Sizes | None:
+    """Prune a copy of `model`, compare, train it by a step, keep it and load it. Raises ValueError with the reason.
 
-    None for granularity weight, which leaves sizes as they are.
+    Of several layers that cannot be pruned together, those that cannot be alone are named. Without a `name` to build
+    the network by, nothing is trained and kept. None for granularity weight, which leaves sizes as they are.
     """
     if granularity == "weight":
-        lacking = [name for name, _ in layers if getattr(model.get_submodule(name), "weight", None) is None]
-        if lacking:
-            raise ValueError(f"{lacking[0]} has no weights of its own to mask: with granularity weight name a layer")
+        _check_maskable(model, [layer for layer, _ in layers])
         return None
-    units = {name: len_of(model, name) for name, _ in layers}
-    draw = random.Random(0)
-    # With scope global a layer alone may lose nothing: a unit of each is tried all the same.
-    removed = {
-        name: tuple(sorted(draw.sample(range(n), min(n - 1, max(1, n_removed(n, r))))))
-        for name, r, n in ((name, r, units[name]) for name, r in layers)
-    }
-    return _pruned(model, {name: chosen for name, chosen in removed.items() if chosen}, probe)
-
-
-def len_of(model: nn.Module, layer: str) -> int:
-    """How many units a layer has: heads, or rows of its weight. Raises ValueError where there is no such layer."""
+    graph = graph_of(model, probe)
     try:
+        return prune_together(model, layers, probe, graph, name)
+    except ValueError as error:
+        if len(layers) == 1:
+            raise
+        alone = [found for layer in layers if (found := _alone(model, layer, probe, graph)) is not None]
+        if not alone:
+            raise
+        more = f"; and {len(alone) - MOST} more layers" if len(alone) > MOST else ""
+        raise ValueError("; ".join(alone[:MOST]) + more) from error
+
+
+MOST = 4
+"""Layers whose reasons are told one by one."""
+
+
+def graph_of(model: nn.Module, probe: torch.Tensor) -> Graph:
+    """Return the couplings of a network's channels. Raises ValueError where it cannot be run."""
+    from pruners.coupling import traced
+
+    return traced(model, probe[:1])
+
+
+def _alone(model: nn.Module, layer: tuple[str, float], probe: torch.Tensor, graph: Graph) -> str | None:
+    """Why a layer alone cannot be pruned; None where it can."""
+    try:
+        prune_together(model, (layer,), probe, graph)
+    except ValueError as error:
+        return str(error) if str(error).startswith(f"{layer[0]}: ") else f"{layer[0]}: {error}"
+    return None
+
+
+def _check_maskable(model: nn.Module, layers: list[str]) -> None:
+    """Raise ValueError for a layer whose weight is not its own parameter alone."""
+    from models.discovery import parametrized
+
+    for layer in layers:
         module: Any = model.get_submodule(layer)
-    except AttributeError:
-        raise ValueError(f"it has no layer {layer}") from None
-    heads = getattr(module, "prunable_heads", None)
-    return heads.count if heads is not None else len(module.weight)
+        if getattr(module, "weight", None) is None:
+            raise ValueError(f"{layer} has no weights of its own to mask: with granularity weight name a layer")
+        if (problem := parametrized(module)) is not None:
+            raise ValueError(f"{layer}: {problem}")
+        others = [n for n, m in model.named_modules() if m is not module and getattr(m, "weight", None) is module.weight]
+        if others:
+            raise ValueError(
+                f"{layer}: its weight is also that of {', '.join(others)}, where a mask of {layer} has no effect; "
+                "prune layers with weights of their own"
+            )
 
 
-def _pruned(model: nn.Module, removed: dict[str, tuple[int, ...]], probe: torch.Tensor) -> Sizes:
+def _units(model: nn.Module, layers: Layers, graph: Graph) -> dict[str, tuple[int, ...]]:
+    """Layer -> the channels (of attention blocks, the heads) of units that are drawn at random, as many as its ratio
+    says. With scope global a layer alone may lose nothing: a unit of each is tried all the same."""
+    from pruners.surgery import units_of
+
+    draw = random.Random(0)
+    removed = {}
+    for layer, ratio in layers:
+        try:
+            module: Any = model.get_submodule(layer)
+        except AttributeError:
+            raise ValueError(f"it has no layer {layer}") from None
+        if hasattr(module, "prunable_heads"):
+            sets = tuple((head,) for head in range(units_of(module)))
+        else:
+            sets = graph.sets(layer)
+        chosen = draw.sample(range(len(sets)), min(len(sets) - 1, max(1, n_removed(len(sets), ratio))))
+        if chosen:
+            removed[layer] = tuple(sorted(channel for unit in chosen for channel in sets[unit]))
+    return removed
+
+
+def prune_together(
+    model: nn.Module, layers: Layers, probe: torch.Tensor, graph: Graph, name: str | None = None
+) -> Sizes:
+    """Prune these layers of a copy of `model` at once, and check it as `check_pruning` says. Raises ValueError."""
     from pruners.equivalence import LIMIT, equivalence
     from pruners.surgery import NothingFell, check_fell, prune
+    from workers.rehearsal import rehearse
     from workers.worker import count
 
     try:
-        pruned = prune(model, removed, probe[:1])
-        made = _run(pruned, probe)
+        removed = _units(model, layers, graph)
+        pruned = prune(model, removed, probe[:1], graph=graph)
+        made = _output(pruned, probe)
         before, after = count(model, probe[:1]), count(pruned, probe[:1])
         check_fell(before, after)
-        found = equivalence(model, pruned, removed, probe)
+        found = equivalence(model, pruned, removed, probe, graph.partners(removed))
     except NothingFell as error:
         raise ValueError(str(error)) from error
     except ValueError:
@@ -286,14 +350,29 @@ def _pruned(model: nn.Module, removed: dict[str, tuple[int, ...]], probe: torch.
     if found.error is not None and not found.error <= LIMIT:
         said = f"relative difference {found.error:.2g}, limit {LIMIT}"
         raise ValueError(f"pruned, it does not compute what it does with these units silenced ({said})")
+    if name is not None:
+        rehearse(pruned, name, made.shape[1], tuple(probe.shape[1:]), removed, probe)  # type: ignore[arg-type]
     return Sizes(before, after, found.error, found.reason)
+
+
+def _output(pruned: nn.Module, probe: torch.Tensor) -> torch.Tensor:
+    """What a pruned network gives. Raises ValueError where its code is for the sizes of the dense one."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            return pruned.eval()(probe)
+    except Exception as error:  # of a network's own code
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"it cannot be pruned: its forward pass is for the sizes of the dense network: {said}") from error
 
 
 def _note(subject: Subject) -> Path:
     """The file that says that a subject has passed, named after all that this depends on."""
     import pruners
 
-    rules = [path.read_bytes() for path in sorted(Path(str(pruners.__file__)).parent.glob("*.py"))]
+    files = [Path(__file__), *sorted(Path(str(pruners.__file__)).parent.glob("*.py"))]
+    rules = [path.read_bytes() for path in files]
     given = hashlib.sha256(Path(subject.weights).read_bytes()).hexdigest() if subject.weights else None
     libraries = [version(name) for name in ("torch", "torchvision", "timm", "torch-pruning")]
     said = [subject.model, model_content(subject.model), subject.classes, subject.shape, given, subject.prunings]
@@ -310,6 +389,7 @@ def _write(note: Path) -> None:
         return
 
 
-def all_layers(name: str, ratio: float) -> Layers:
-    """Every prunable layer of a network that loses some units at `ratio`."""
-    return tuple((layer, ratio) for layer, units in layer_units(name).items() if n_removed(units, ratio))
+def all_layers(name: str, ratio: float, classes: int | None = None, shape: Shape | None = None) -> Layers:
+    """Every prunable layer of a network that loses some units at `ratio`, for samples of a shape, if one is given."""
+    units = layer_units(name, classes, shape)
+    return tuple((layer, ratio) for layer, n in units.items() if n_removed(n, ratio))

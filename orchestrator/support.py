@@ -6,9 +6,16 @@ import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pruners.candidates import n_removed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 Shape = tuple[int, int, int]
+Layers = tuple[tuple[str, float], ...]
 
 RATIO = 0.25
 LARGEST = 100_000_000
@@ -104,8 +111,9 @@ one of each of timm's families, up to {largest} million parameters.
 
 Each network is built with random weights for ten classes, on small images where it takes them. Of every prunable layer
 a fraction of {ratio} of the units is removed, all layers at once: output channels, widths, and whole heads of attention
-blocks. It *passes* where parameters and multiply-adds fall, the pruned network runs, and it computes what the network
-with these units silenced does (float64, relative difference at most 1e-9). Where that fails each layer is tried alone:
+blocks, and sets of channels where some can only go together. It *passes* where its saved weights load again, parameters
+and multiply-adds fall, the pruned network computes what the network with these units silenced does (float64, relative
+difference at most 1e-9), it can be trained by one step, and it computes the same once it is kept and loaded again. Where that fails each layer is tried alone:
 *partly* are those of which some layers can be pruned, and the remark says how many, and the first that cannot and why.
 *unfinished* are those that were still being traced or tried, on one busy processor, when their time was up.
 Whether a network's own layers can be pruned together in another choice, `prunesweep plan SPEC --preflight` tells.
@@ -118,7 +126,7 @@ Whether a network's own layers can be pruned together in another choice, `prunes
 def findings(names: Sequence[str], seconds: float = SECONDS) -> Iterator[Finding]:
     """The finding of each network, as they come: each from a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision", "timm", "torch_pruning"])
+    context.set_forkserver_preload(["torchvision", "timm"])
     for name in names:
         yield _tried_apart(context, name, seconds)
 
@@ -149,20 +157,30 @@ def tried(name: str) -> Finding:
     import torch
 
     from models.registry import layer_units
+    from orchestrator.preflight import check_forward
+    from workers.rehearsal import check_saved
 
     torch.set_num_threads(1)
     try:
         millions = _parameters(name) / 1e6
         if millions * 1e6 > LARGEST:
             return Finding(name, round(millions, 1), remark=f"larger than {LARGEST // 10**6} million parameters")
-        units = layer_units(name)
+        model, probe = _running(name)
+        shape = tuple(probe.shape[1:])
+        units = layer_units(name, CLASSES, shape)
     except ValueError as error:
         return Finding(name, result=FAILS, remark=_short(error))
     heads = sum(_is_attention(name) for name in units)
     about = {"parameters": round(millions, 1), "layers": len(units), "heads": heads}
     if not units:
-        return Finding(name, **about, result=FAILS, remark="none of its layers can lose units one by one")
-    result, remark = _pruning(name)
+        return Finding(name, **about, result=FAILS, remark="none of its layers can lose units")
+    try:
+        check_forward(model, probe, CLASSES)
+        check_saved(model, name, CLASSES, shape, probe)
+    except ValueError as error:
+        return Finding(name, **about, result=FAILS, remark=_short(error))
+    layers = tuple((layer, RATIO) for layer, n in units.items() if n_removed(n, RATIO))
+    result, remark = _pruning(name, layers, model, probe)
     return Finding(name, **about, result=result, remark=remark)
 
 
@@ -199,27 +217,22 @@ def _is_attention(layer: str) -> bool:
     return layer.rpartition(".")[2] in ("attn", "self_attention", "attention", "token_mixer")
 
 
-def _pruning(name: str) -> tuple[str, str]:
+def _pruning(name: str, layers: Layers, model: nn.Module, probe: torch.Tensor) -> tuple[str, str]:
     """(result, remark) of pruning every layer by RATIO: together, else each alone."""
-    from orchestrator.preflight import all_layers, check_forward, check_pruning
+    from orchestrator.preflight import graph_of, prune_together
 
+    graph = graph_of(model, probe)
     try:
-        model, probe = _running(name)
-        check_forward(model, probe, CLASSES)
-    except ValueError as error:
-        return FAILS, _short(error)
-    layers = all_layers(name, RATIO)
-    try:
-        sizes = check_pruning(model, layers, "filter", probe)
-        return PASSES, f"without a check of its outputs: {sizes.reason}" if sizes and sizes.reason else ""
+        sizes = prune_together(model, layers, probe, graph, name)
+        return PASSES, f"without a check of its outputs: {sizes.reason}" if sizes.reason else ""
     except ValueError as error:
         together = _short(error)
     alone = {}
     for layer in layers:
         try:
-            check_pruning(model, (layer,), "filter", probe)
+            prune_together(model, (layer,), probe, graph, name)
         except ValueError as error:
-            alone[layer[0]] = _short(error)
+            alone[layer[0]] = _short(error).removeprefix(f"{layer[0]}: ")
     if not alone:
         return PARTLY, f"each layer alone, but not all together: {together}"
     remark = f"{len(layers) - len(alone)} of {len(layers)} layers; {next(iter(alone))}: {next(iter(alone.values()))}"

@@ -196,6 +196,11 @@ class Graph:
         others = self.shared_with(layer)
         return f"; its weight is also that of {some(others)}" if others else ""
 
+    def shares_a_tensor(self, layer: str) -> bool:
+        """Return whether what goes with a layer's channels is held or used in several places."""
+        tensors = {tensor for root in self.classes_of(layer) for tensor, _, _ in self.members[root]}
+        return any(len(self.aliases[tensor]) > 1 for tensor in tensors)
+
     def shared_with(self, layer: str) -> list[str]:
         """The other modules that hold, or use, the weight of a layer."""
         weight, _ = self.outputs[layer][0]
@@ -303,7 +308,8 @@ def _graph(tracer: Tracer, model: nn.Module) -> Graph:
     aliases = {}
     for names in tracer.names.values():
         modules = {name.rpartition(".")[0] for name in names}
-        more = [f"{place}.(used)" for place in sorted(users.get(names[0], set())) if place not in modules]
+        places = sorted(users.get(names[0], set()))
+        more = [f"{place}.(used)" for place in places if place not in modules and len(places) > 1]
         aliases[names[0]] = (*names, *more)
     return Graph(
         sizes,

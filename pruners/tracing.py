@@ -386,6 +386,11 @@ def _same(tracer: Tracer, func: Any, args: Any, kwargs: Any, output: Any) -> Non
         _take_on(tracer, made, args[0], tracer.of(args[0]).axes)
 
 
+def _made_from_a_shape(tracer: Tracer, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+    """The first input gives only its type and device."""
+    tracer.set(output, [], free=True)
+
+
 def _reshaped(tracer: Tracer, func: Any, args: Any, kwargs: Any, output: Any) -> None:
     """A view: where it divides the units of one dimension into several, what is removed must leave a grid."""
     x = args[0]
@@ -701,9 +706,10 @@ _MOVES = """
     split_copy split_with_sizes_copy unsafe_split unsafe_chunk chunk
 """
 _SAMES = """
-    clone contiguous _to_copy detach lift_fresh lift_fresh_copy zeros_like ones_like empty_like full_like rand_like
+    clone contiguous as_strided _to_copy detach lift_fresh lift_fresh_copy zeros_like ones_like empty_like full_like rand_like
     randn_like bernoulli to alias_copy detach_copy native_dropout
 """
+_MADE = "new_zeros new_ones new_full new_empty new_empty_strided"
 _REDUCTIONS = """
     sum mean amax amin max min prod var std norm linalg_vector_norm logsumexp any all var_mean std_mean nansum
 """
@@ -718,6 +724,7 @@ _POOLS = """
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVES.split(), _moved),
     **dict.fromkeys(_SAMES.split(), _same),
+    **dict.fromkeys(_MADE.split(), _made_from_a_shape),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "flatten", "unflatten"), _reshaped),
     **dict.fromkeys(_REDUCTIONS.split(), _reduced),
     **dict.fromkeys(_POOLS.split(), _pooled),

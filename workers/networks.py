@@ -13,24 +13,25 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from storage.records import Task
 
-
-def network_file(
+def network_content(
     state: Mapping[str, torch.Tensor],
-    task: Task,
+    task_id: str,
+    model: str,
     removed: Mapping[str, Sequence[int]],
     classes: int,
     shape: Sequence[int],
 ) -> bytes:
-    """The content of a kept network's file: its weights, and what is needed to build it again; `shape` is the
-    inputs' (channels, height, width).
+    """Return the content of a kept network's file: its weights, and what is needed to build it again.
+
+    `removed` are the output channels (of attention blocks, the heads) of each layer, `shape` the inputs' (channels,
+    height, width).
     """
     from workers.weights import packed
 
     about = {
-        "task_id": task.task_id,
-        "model": task.cell.dense.model,
+        "task_id": task_id,
+        "model": model,
         "classes": classes,
         "shape": list(shape),
         "removed": {layer: list(units) for layer, units in removed.items()},
@@ -39,11 +40,16 @@ def network_file(
 
 
 def load_network(path: str | os.PathLike[str]) -> nn.Module:
-    """The pruned, retrained network of a file under `networks/`, on the CPU, in eval mode.
+    """Return the pruned, retrained network of a file under `networks/`, on the CPU, in eval mode.
 
     Rows name it in `kept_network`; for a store that is no folder, copy the file first. Raises
     FileNotFoundError, or ValueError for another kind of file.
     """
+    return network_of(Path(path).read_bytes(), str(path))
+
+
+def network_of(content: bytes, path: str = "this file") -> nn.Module:
+    """Return the network of the content of such a file. Raises ValueError for another kind of file."""
     import torch
     from safetensors.torch import load
 
@@ -51,7 +57,6 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     from pruners.surgery import prune
     from workers.weights import metadata
 
-    content = Path(path).read_bytes()
     about = metadata(content)
     if "removed" not in about:
         raise ValueError(f"{path} is no kept network")

@@ -21,7 +21,7 @@ from workers.checkpoints import State
 from workers.columns import curves, outcome, peak_memory, provenance
 from workers.execution import arithmetic
 from workers.measures import Epoch
-from workers.networks import network_file
+from workers.networks import network_content
 from workers.pruning import Pruned, Start, after_step, channels_of, prune_task, story, told
 from workers.rates import planned_epochs
 from workers.training import train
@@ -256,7 +256,8 @@ def _kept_file(keeper: Keeper, task: Task, pruned: Pruned, worker: Worker) -> by
         return None
     dataset = worker.dataset(task.cell.dense)
     removed = channels_of(task.cell, pruned.removed)
-    return network_file(permanent(keeper.weights), task, removed, dataset.classes, dataset.shape)
+    model = task.cell.dense.model
+    return network_content(permanent(keeper.weights), task.task_id, model, removed, dataset.classes, dataset.shape)
 
 
 class Keeper:

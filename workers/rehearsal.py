@@ -1,0 +1,73 @@
+"""A task in small: what a worker does with a network, tried on random samples before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from models import build_model
+from workers.datasets import Split
+from workers.measures import cross_entropy, measured
+from workers.networks import network_content, network_of
+from workers.weights import packed, portable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LR = 1e-3
+
+
+def check_saved(model: nn.Module, name: str, classes: int, shape: tuple[int, int, int], probe: torch.Tensor) -> None:
+    """Raise ValueError unless the network, built anew with the weights of `model`, computes what `model` does."""
+    from safetensors.torch import load
+
+    content = packed(portable(model), {})
+    with torch.random.fork_rng(devices=[]):
+        again = build_model(name, classes, shape)
+    try:
+        again.load_state_dict(load(content))
+    except Exception as error:  # of another kind for each way not to fit
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"its saved weights cannot be loaded again: {type(error).__name__}: {said}") from error
+    _check_equal("built anew from its saved weights", again.eval(), model, probe)
+
+
+def rehearse(
+    pruned: nn.Module,
+    name: str,
+    classes: int,
+    shape: tuple[int, int, int],
+    removed: Mapping[str, Sequence[int]],
+    probe: torch.Tensor,
+) -> None:
+    """Train a pruned network by one step, evaluate it, keep it and load it again. Raises ValueError where it cannot."""
+    labels = torch.arange(len(probe)) % classes
+    try:
+        with torch.enable_grad():
+            pruned.train().requires_grad_(True)
+            cross_entropy(pruned(probe), labels).backward()
+        with torch.no_grad():
+            for parameter in pruned.parameters():
+                if parameter.grad is not None:
+                    parameter -= LR * parameter.grad
+    except Exception as error:  # of the network's own code
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"pruned, it cannot be trained: {said}") from error
+    pruned.zero_grad()
+    pruned.eval()
+    measured(lambda images: pruned(images).unsqueeze(0), Split(probe, labels), len(probe))
+    content = network_content(portable(pruned), "preflight", name, removed, classes, shape)
+    try:
+        again = network_of(content)
+    except Exception as error:  # of another kind for each way not to fit
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"pruned and kept, it cannot be loaded again: {type(error).__name__}: {said}") from error
+    _check_equal("pruned, kept and loaded again", again, pruned, probe)
+
+
+def _check_equal(when: str, found: nn.Module, expected: nn.Module, probe: torch.Tensor) -> None:
+    with torch.no_grad():
+        if not torch.equal(found(probe), expected(probe)):
+            raise ValueError(f"{when}, it does not compute what it did before: some of its state is not in its state dict")
