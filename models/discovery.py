@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ def _note(key: Sequence[str]) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / "layers"
     here, there = Path(__file__).parent, Path(str(pruners.__file__)).parent
     files = [here / name for name in ("discovery.py", "layers.py", "attention.py", "library.py")]
-    files += [there / name for name in ("coupling.py", "labels.py", "tracing.py")]
+    files += [there / name for name in ("coupling.py", "dispatch.py", "labels.py", "rules.py", "tracing.py")]
     said = "\n".join([*key, version("torch"), *(file.read_text() for file in files)])
     return base / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
 

@@ -223,7 +223,7 @@ def is_found(name: str) -> bool:
 
 
 @lru_cache
-def _found_layers(name: str, classes: int | None, shape: Shape | None) -> Layers:
+def _found_layers(name: str, classes: int | None = None, shape: Shape | None = None) -> Layers:
     from models import discovery
 
     check_model(name)
@@ -248,8 +248,10 @@ def _build_and(
     classes: int | None = None,
     shape: Shape | None = None,
 ) -> Found:
-    """Return what `look` finds in a network and an input of it; on no device if it can be. Without a `shape` the network
-    is built for each that it may be for until one works."""
+    """Return what `look` finds in a network and an input of it; on no device if it can be.
+
+    Without a `shape` the network is built for each that it may be for until one works.
+    """
     import torch
 
     from models import discovery

@@ -264,9 +264,7 @@ def _failer(document: Document, axis: str, index: int) -> Callable[[str], UserEr
     return lambda message: UserError(f"{document.where(path)}: {'.'.join(map(str, path))}: {message}")
 
 
-def _resolve(
-    known: _Known, granularity: str, ratios: dict[str, float], fail: Callable[[str], UserError]
-) -> Layers:
+def _resolve(known: _Known, granularity: str, ratios: dict[str, float], fail: Callable[[str], UserError]) -> Layers:
     """Names and patterns -> the model's layers in network order, each with its ratio."""
     units, refused = known.units(granularity), known.refused(granularity)
     by_pattern = [name for name in units if name not in known.others(granularity)]

@@ -293,7 +293,8 @@ def _check_maskable(model: nn.Module, layers: list[str]) -> None:
             raise ValueError(f"{layer} has no weights of its own to mask: with granularity weight name a layer")
         if (problem := parametrized(module)) is not None:
             raise ValueError(f"{layer}: {problem}")
-        others = [n for n, m in model.named_modules() if m is not module and getattr(m, "weight", None) is module.weight]
+        holders = [name for name, other in model.named_modules() if getattr(other, "weight", None) is module.weight]
+        others = [name for name in holders if name != layer]
         if others:
             raise ValueError(
                 f"{layer}: its weight is also that of {', '.join(others)}, where a mask of {layer} has no effect; "
@@ -364,7 +365,9 @@ def _output(pruned: nn.Module, probe: torch.Tensor) -> torch.Tensor:
             return pruned.eval()(probe)
     except Exception as error:  # of a network's own code
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"it cannot be pruned: its forward pass is for the sizes of the dense network: {said}") from error
+        raise ValueError(
+            f"it cannot be pruned: its forward pass fixes the sizes of the dense network: {said}"
+        ) from error
 
 
 def _note(subject: Subject) -> Path:

@@ -113,9 +113,10 @@ Each network is built with random weights for ten classes, on small images where
 a fraction of {ratio} of the units is removed, all layers at once: output channels, widths, and whole heads of attention
 blocks, and sets of channels where some can only go together. It *passes* where its saved weights load again, parameters
 and multiply-adds fall, the pruned network computes what the network with these units silenced does (float64, relative
-difference at most 1e-9), it can be trained by one step, and it computes the same once it is kept and loaded again. Where that fails each layer is tried alone:
-*partly* are those of which some layers can be pruned, and the remark says how many, and the first that cannot and why.
-*unfinished* are those that were still being traced or tried, on one busy processor, when their time was up.
+difference at most 1e-9), it can be trained by one step, and it computes the same once it is kept and loaded again.
+Where that fails each layer is tried alone: *partly* are those of which some layers can be pruned, and the remark says
+how many, and the first that cannot and why. *unfinished* are those that were still being tried, on one busy processor,
+when their time was up.
 Whether a network's own layers can be pruned together in another choice, `prunesweep plan SPEC --preflight` tells.
 
 {counts} ({libraries}).

@@ -144,7 +144,9 @@ class Graph:
         for root, places in self.elements.items():
             for tensor, element in places:
                 found.setdefault(root, {}).setdefault(tensor, set()).add(element)
-        return {root: {t: _slice_dim(self.shapes[t], of) for t, of in tensors.items()} for root, tensors in found.items()}
+        return {
+            root: {t: _slice_dim(self.shapes[t], of) for t, of in tensors.items()} for root, tensors in found.items()
+        }
 
     def divided_at(self, layer: str) -> str | None:
         """Return the module that takes parts of a layer's channels apart; None where there is no such module."""
@@ -187,9 +189,8 @@ class Graph:
         for roots, groups, name in self.groups:
             left = sum(root not in gone for root in roots)
             if left != len(roots) and left % groups:
-                raise ValueError(
-                    f"{layer}: it is coupled to {name}, a norm over {groups} groups, and {left} channels do not divide so"
-                )
+                said = f"it is coupled to {name}, a norm over {groups} groups"
+                raise ValueError(f"{layer}: {said}, and {left} channels do not divide so")
 
     def _shared(self, layer: str) -> str:
         """What to add where the layer's weight is that of another module too."""
@@ -267,18 +268,18 @@ def _refuse_heads(tracer: Tracer, model: nn.Module) -> None:
         for name, _ in heads.writes if heads is not None else ():
             own = f"{block}.{name}"
             for tensor in (own, f"{own}.weight", f"{own}.bias"):
-                if tensor in tracer.nodes:
-                    dim = len(tracer.nodes[tensor]) - 1 if tensor == own else 0
+                if tensor in tracer.labels.nodes:
+                    dim = len(tracer.labels.nodes[tensor]) - 1 if tensor == own else 0
                     said = f"its units are coupled to {own}, whose units go with their heads"
-                    tracer.classes.refuse(list(tracer.nodes[tensor][dim]), said)
+                    tracer.labels.classes.refuse(list(tracer.labels.nodes[tensor][dim]), said)
 
 
 def _graph(tracer: Tracer, model: nn.Module) -> Graph:
-    root = tracer.classes.root
+    root = tracer.labels.classes.root
     members: dict[int, list[tuple[str, int, int]]] = {}
     root_of: dict[tuple[str, int, int], int] = {}
     node_at: dict[int, tuple[str, int, int]] = {}
-    for tensor, dims in tracer.nodes.items():
+    for tensor, dims in tracer.labels.nodes.items():
         for dim, nodes in enumerate(dims):
             for index, node in enumerate(nodes):
                 place = tensor, dim, index
@@ -286,15 +287,15 @@ def _graph(tracer: Tracer, model: nn.Module) -> Graph:
                 root_of[place] = root(node)
                 members.setdefault(root(node), []).append(place)
     readers: dict[int, list[tuple[str, int, int]]] = {}
-    for node, channel in tracer.reads:
+    for node, channel in tracer.labels.reads:
         readers.setdefault(root(channel), []).append(node_at[node])
     elements: dict[int, list[tuple[str, int]]] = {}
-    for tensor, nodes in tracer.elements.items():
+    for tensor, nodes in tracer.labels.elements.items():
         for element, node in enumerate(nodes):
             elements.setdefault(root(node), []).append((tensor, element))
-    shapes = {tensor: tuple(len(nodes) for nodes in tracer.nodes[tensor]) for tensor in tracer.elements}
+    shapes = {tensor: tuple(len(nodes) for nodes in tracer.labels.nodes[tensor]) for tensor in tracer.labels.elements}
     rooted = lambda axis: axis.clone().apply_(root)  # noqa: E731
-    first = {name: names[0] for names in tracer.names.values() for name in names}
+    first = {name: names[0] for names in tracer.labels.names.values() for name in names}
     outputs: dict[str, tuple[tuple[str, int], ...]] = {}
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -306,7 +307,7 @@ def _graph(tracer: Tracer, model: nn.Module) -> Graph:
             sizes[name] = module.weight.shape[dim]
     users = {first[name]: places for name, places in tracer.users.items()}
     aliases = {}
-    for names in tracer.names.values():
+    for names in tracer.labels.names.values():
         modules = {name.rpartition(".")[0] for name in names}
         places = sorted(users.get(names[0], set()))
         more = [f"{place}.(used)" for place in places if place not in modules and len(places) > 1]
@@ -320,10 +321,10 @@ def _graph(tracer: Tracer, model: nn.Module) -> Graph:
         {key: tuple(places) for key, places in readers.items()},
         {key: tuple(places) for key, places in elements.items()},
         shapes,
-        tracer.classes.reasons(),
-        tuple((rooted(axis), place) for axis, place in tracer.splits),
-        tuple((frozenset(rooted(axis).reshape(-1).tolist()), place) for axis, place in tracer.divided),
-        tuple((tuple(rooted(axis).tolist()), groups, name) for axis, groups, name in tracer.groups),
-        tuple((name, place, tuple(rooted(axis).reshape(-1).tolist())) for name, place, axis in tracer.unit_free_norms),
+        tracer.labels.classes.reasons(),
+        tuple((rooted(axis), place) for axis, place in tracer.labels.splits),
+        tuple((frozenset(rooted(axis).reshape(-1).tolist()), place) for axis, place in tracer.labels.divided),
+        tuple((tuple(rooted(axis).tolist()), groups, name) for axis, groups, name in tracer.labels.groups),
+        tuple((name, place, tuple(rooted(axis).reshape(-1).tolist())) for name, place, axis in tracer.norms),
         outputs,
     )

@@ -204,7 +204,9 @@ def _groups(model: nn.Module, layers: Mapping[str, int], example: Any, graph: Gr
 class _Part:
     """One tensor of a group: a layer, which of its channels, and the unit that each of them belongs to."""
 
-    def __init__(self, layer: nn.Module, handler: Any, units: Sequence[int], channels: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, layer: nn.Module, handler: Any, units: Sequence[int], channels: Sequence[int] | None = None
+    ) -> None:
         self.dep = SimpleNamespace(layer=layer, target=SimpleNamespace(module=layer), handler=handler)
         self.dep.pruning_fn = handler
         self.idxs = list(range(len(units))) if channels is None else list(channels)

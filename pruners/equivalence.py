@@ -31,6 +31,10 @@ class NoReference(Exception):
     """Why no masked network can be built."""
 
 
+class _OtherCalls(Exception):
+    """The network calls other operations than were observed."""
+
+
 class _OverGroups(Exception):
     """A group norm, of this weight, takes its statistics over removed units and others."""
 
@@ -61,19 +65,29 @@ def equivalence(
     with torch.no_grad(), _no_fast_path():
         got = _logits(copy.deepcopy(compact).double().eval()(samples))
         try:
-            silencer = _Silencer(reference, _first(samples, OBSERVED_SAMPLES))
-            silencer.add(removed)
-            found = _difference(got, reference, samples, silencer)
-            if found > LIMIT and partners and silencer.add_partners(partners):
-                found = _difference(got, reference, samples, silencer)
+            return Equivalence(_compared(got, reference, removed, samples, partners or {}, OBSERVED_SAMPLES))
         except NoReference as error:
             return Equivalence(None, str(error))
-    return Equivalence(found)
+        except _OtherCalls:  # a network that does not call the same operations for every number of samples
+            return Equivalence(_compared(got, reference, removed, samples, partners or {}, PROBE_SAMPLES))
+
+
+def _compared(
+    got: torch.Tensor, reference: nn.Module, removed: Units, samples: Any, partners: Units, observed: int
+) -> float:
+    """The difference, once what belongs to the removed units was observed on so many of the samples."""
+    silencer = _Silencer(reference, _first(samples, observed))
+    silencer.add(removed)
+    found = _difference(got, reference, samples, silencer)
+    if found > LIMIT and partners and silencer.add_partners(partners):
+        found = _difference(got, reference, samples, silencer)
+    return found
 
 
 def _difference(got: torch.Tensor, reference: nn.Module, samples: Any, silencer: _Silencer) -> float:
-    with _Masked(silencer.parts()):
+    with _Masked(silencer.names(), silencer.parts()) as masked:
         expected = _logits(reference(samples))
+    masked.check_complete()
     if got.shape != expected.shape:
         return float("inf")
     return float((got - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
@@ -123,6 +137,7 @@ Parts = dict[int, Part]
 class _Call:
     """A call of an operation that reads channels, on the undisturbed network."""
 
+    name: str
     weight: tuple[Any, ...]
     outputs: list[torch.Tensor]
 
@@ -140,6 +155,10 @@ class _Silencer:
             model(samples)
         self._calls = plain.calls
         self._parts: list[Parts] = [{} for _ in plain.calls]
+
+    def names(self) -> list[str]:
+        """Return the operations of the calls."""
+        return [call.name for call in self._calls]
 
     def parts(self) -> list[Parts]:
         """Return them, call by call, in the order in which the network makes them."""
@@ -175,17 +194,27 @@ class _Silencer:
             with _disturbed(self._model, units), _Observed(self._calls, weights) as seen:
                 self._model(self._samples)
             # A weight that is used transposed too gives, there, what it does not read any more here.
-            uses = [call.weight for call in self._calls]
-            more = {call.weight: part for call, parts in zip(self._calls, seen.parts, strict=True) for part in parts.values()}
-            lost = {k: part.indices for k, part in more.items() if k and k not in weights and _transposed(k) and _transposed(k) in uses}
-            if not lost:
+            if not (lost := self._lost_transposed(seen.parts, weights)):
                 return seen.parts
             weights |= lost
 
+    def _lost_transposed(self, parts: Sequence[Parts], known: Mapping[Any, Any]) -> dict[Any, tuple[int, ...]]:
+        """For each weight that is used transposed too: the inputs that it does not read any more, its outputs there."""
+        uses = {call.weight for call in self._calls}
+        lost: dict[Any, tuple[int, ...]] = {}
+        for call, own in zip(self._calls, parts, strict=True):
+            if own and call.weight and call.weight not in known and _transposed(call.weight) in uses:
+                lost[call.weight] = next(iter(own.values())).indices
+        return lost
+
     def _is_silenced_somewhere(self, parts: Sequence[Parts]) -> bool:
         """Whether all that some call reads of these units is silenced there already."""
-        pairs = [(part, known.get(at)) for own, known in zip(parts, self._parts, strict=True) for at, part in own.items()]
-        return any(k is not None and k.dim == p.dim and set(p.indices) <= set(k.indices) for p, k in pairs)
+        for own, known in zip(parts, self._parts, strict=True):
+            for at, part in own.items():
+                silenced = known.get(at)
+                if silenced and silenced.dim == part.dim and set(part.indices) <= set(silenced.indices):
+                    return True
+        return False
 
     def _take(self, parts: Sequence[Parts]) -> None:
         both = [_united(known, own) for known, own in zip(self._parts, parts, strict=True)]
@@ -214,7 +243,7 @@ def _weight_key(weight: torch.Tensor | None) -> tuple[Any, ...]:
 def _transposed(key: tuple[Any, ...]) -> tuple[Any, ...]:
     """The key of a matrix that is used the other way round; of any other weight, one that no weight has."""
     pointer, shape, stride = key
-    return (pointer, shape[::-1], stride[::-1]) if len(shape) == 2 and shape != (1, 1) else ()
+    return (pointer, shape[::-1], stride[::-1]) if len(shape) == 2 and shape != (1, 1) else (None,)
 
 
 def _same_of_shared(calls: Sequence[_Call], parts: Sequence[Parts]) -> list[Parts]:
@@ -247,7 +276,7 @@ def _disturbed(model: nn.Module, removed: Units) -> Iterator[None]:
 
 
 def _after(channels: Sequence[int]) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def hook(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         return _spoilt(output, -1 if isinstance(module, nn.Linear) else 1, channels)
 
     return hook
@@ -278,10 +307,21 @@ _CONTRACTIONS: Mapping[str, tuple[tuple[int, int], ...]] = {
 }
 """Operation -> (argument, the dimension that it sums over)."""
 
-_STATISTICS = (
-    "native_layer_norm native_group_norm _softmax _log_softmax mean sum amax amin var std linalg_vector_norm logsumexp "
-    "max min prod var_mean"
-).split()
+_SUMS = (
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "prod",
+    "var",
+    "std",
+    "var_mean",
+    "linalg_vector_norm",
+    "logsumexp",
+)
+_STATISTICS = ("native_layer_norm", "native_group_norm", "_softmax", "_log_softmax", *_SUMS)
 
 
 class _Recorded(Operations):
@@ -295,7 +335,7 @@ class _Recorded(Operations):
         output = func(*args, **(kwargs or {}))
         if (kind := _kind(func)) is not None:
             key = _weight_key(args[_weight_at(func)]) if kind == "weights" else ()
-            self.calls.append(_Call(key, [t.clone() for t in _outputs(output)]))
+            self.calls.append(_Call(name_of(func), key, [t.clone() for t in _outputs(output)]))
         return output
 
 
@@ -325,7 +365,7 @@ class _Observed(Operations):
         output = func(*args, **(kwargs or {}))
         kind = _kind(func)
         if kind is None:
-            return self._through_conditions(func, args, output)
+            return self._through_conditions(args, output)
         call = self._calls[len(self.parts)]
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         changed = [t.isnan() if t.is_floating_point() else torch.zeros_like(t, dtype=torch.bool) for t in tensors]
@@ -342,7 +382,7 @@ class _Observed(Operations):
         spoilt = call.outputs[0].masked_fill(changed[0], float("nan"))
         return _as_returned(output, [spoilt, *call.outputs[1:]])
 
-    def _through_conditions(self, func: Any, args: Any, output: Any) -> Any:
+    def _through_conditions(self, args: Any, output: Any) -> Any:
         """A comparison of no number is false, and hides it: what is chosen by one is not a number either."""
         if isinstance(output, torch.Tensor) and output.dtype == torch.bool:
             spoilt = [self._spoilt(a) for a in args if isinstance(a, torch.Tensor)]
@@ -435,9 +475,10 @@ def _whole_slices(changed: torch.Tensor, dim: int) -> bool:
     shape = [1] * changed.ndim
     shape[dim] = -1
     hidden = [d for d in range(changed.ndim) if d != dim]
-    return bool((changed.amax(hidden) if hidden else changed).equal(slices)) and not (
-        changed & ~slices.reshape(shape)
-    ).any()
+    return (
+        bool((changed.amax(hidden) if hidden else changed).equal(slices))
+        and not (changed & ~slices.reshape(shape)).any()
+    )
 
 
 def _statistic_dims(func: Any, name: str, args: Any, ndim: int) -> list[int]:
@@ -461,13 +502,24 @@ def _statistic_dims(func: Any, name: str, args: Any, ndim: int) -> list[int]:
 class _Masked(Operations):
     """Runs a network with the removed units silenced: zeros for weights, not there for norms and sums."""
 
-    def __init__(self, silenced: Sequence[Parts]) -> None:
+    def __init__(self, names: Sequence[str], silenced: Sequence[Parts]) -> None:
         super().__init__()
-        self._left = iter(silenced)
+        self._names, self._silenced, self._at = names, silenced, 0
+
+    def _next(self, name: str) -> Parts:
+        self._at += 1
+        if self._at > len(self._names) or self._names[self._at - 1] != name:
+            raise _OtherCalls
+        return self._silenced[self._at - 1]
+
+    def check_complete(self) -> None:
+        """Raise _OtherCalls where the network did not call all that was observed."""
+        if self._at != len(self._names):
+            raise _OtherCalls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = _kind(func)
-        parts = next(self._left) if kind is not None else {}
+        parts = self._next(name_of(func)) if kind is not None else {}
         if not parts:
             return func(*args, **(kwargs or {}))
         tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
@@ -504,6 +556,3 @@ def _on_kept(func: Any, args: list[Any], kwargs: Mapping[str, Any], part: Part) 
         return output
     whole = torch.zeros_like(x).index_copy(part.dim, kept, first)
     return whole if isinstance(output, torch.Tensor) else (whole, *output[1:])
-
-
-_SUMS = ("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "max", "min", "prod", "var_mean")

@@ -7,13 +7,18 @@ shape of the tensor it describes, with size 1 in every dimension along which the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
+from torch import nn
 
 FIXED = 0
 """The node of everything that cannot be removed, such as the channels of the network's input."""
+
+FIXED_REASON = "its units are coupled to channels of fixed size, such as those of the network's input"
 
 Axis = torch.Tensor
 """Node numbers, int64, of the rank of the tensor described; the dimensions along which they vary are full, others 1."""
@@ -104,3 +109,103 @@ class Labelled:
     of_weights: bool = False
     computed: bool = False
     repeated: frozenset[int] = frozenset()
+
+
+def axis_of(nodes: range, dim: int, ndim: int) -> Axis:
+    """Return the axis of nodes that stand along one dimension of a tensor of `ndim` dimensions."""
+    shape = [1] * ndim
+    shape[dim] = len(nodes)
+    return torch.arange(nodes.start, nodes.stop).reshape(shape)
+
+
+def tensors_in(given: Any) -> Iterator[torch.Tensor]:
+    """Return the tensors in nested tuples, lists and mappings."""
+    if isinstance(given, torch.Tensor):
+        yield given
+    elif isinstance(given, Mapping):
+        for one in given.values():
+            yield from tensors_in(one)
+    elif isinstance(given, tuple | list):
+        for one in given:
+            yield from tensors_in(one)
+    elif hasattr(given, "__dataclass_fields__"):
+        yield from tensors_in(vars(given))
+
+
+class Labels:
+    """The labels of every tensor of a run.
+
+    `names` are those of each parameter and buffer by id, `nodes` its slices by dimension, `elements` its single
+    elements where activations meet it element by element. `reads` are pairs (slice of a weight, what it reads) where
+    one goes without the other. `splits` are axes that a reshape divides, `divided` those of which operations take
+    parts, each with the module that runs. `groups` are the channels of norms over several groups.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.classes = Classes()
+        self.classes.refuse([FIXED], FIXED_REASON)
+        self.names: dict[int, list[str]] = {}
+        self.nodes: dict[str, list[range]] = {}
+        self.elements: dict[str, range] = {}
+        self.reads: list[tuple[int, int]] = []
+        self.splits: list[tuple[Axis, str]] = []
+        self.divided: list[tuple[Axis, str]] = []
+        self.groups: list[tuple[Axis, int, str]] = []
+        self.running: list[str] = []
+        self._labels: dict[int, Labelled] = {}
+        self._alive: list[Any] = []  # an id stands for a tensor only as long as that lives
+        every = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for name, tensor in chain(*every):
+            self._enter(name, tensor)
+
+    def _enter(self, name: str, tensor: torch.Tensor) -> None:
+        known = self.names.setdefault(id(tensor), [])
+        known.append(name)
+        if len(known) > 1 or not tensor.ndim:
+            return
+        self._alive.append(tensor)
+        ranges = [self.classes.new(size) for size in tensor.shape]
+        self.nodes[name] = ranges
+        # A dimension of size 1 can lose nothing, so it needs no label.
+        axes = (axis_of(nodes, dim, tensor.ndim) for dim, nodes in enumerate(ranges) if len(nodes) > 1)
+        self._labels[id(tensor)] = Labelled(tuple(axes), of_weights=True)
+
+    def place(self) -> str:
+        """Return the name of the module that runs."""
+        return self.running[-1] if self.running else ""
+
+    def of(self, tensor: Any) -> Labelled:
+        """Return what is known of a tensor; of one that no traced operation made, nothing."""
+        return self._labels.get(id(tensor)) or Labelled()
+
+    def name_of(self, tensor: Any) -> str | None:
+        """Return the first name of a parameter or buffer; None for any other tensor."""
+        return self.names[id(tensor)][0] if id(tensor) in self.names else None
+
+    def set(self, tensor: Any, axes: Iterable[Axis], **made: Any) -> None:
+        """Label a tensor; `made` is what it was made of, as in Labelled."""
+        self._alive.append(tensor)
+        self._labels[id(tensor)] = Labelled(tuple(self._canonical(axis) for axis in axes), **made)
+
+    def element_axis(self, tensor: torch.Tensor) -> Axis:
+        """Return the axis of a parameter of several dimensions that activations meet element by element, as position
+        embeddings: each element is a node of its own, and whole slices of them go."""
+        name = self.name_of(tensor)
+        assert name is not None
+        if name not in self.elements:
+            self.elements[name] = self.classes.new(tensor.numel())
+        nodes = self.elements[name]
+        return torch.arange(nodes.start, nodes.stop).reshape(tensor.shape)
+
+    def _canonical(self, axis: Axis) -> Axis:
+        """The axis in terms of the nodes that stand for their classes, compressed."""
+        axis = compressed(axis)
+        found, places = axis.unique(return_inverse=True)
+        roots = torch.tensor([self.classes.root(node) for node in found.tolist()], dtype=torch.int64)
+        return compressed(roots[places]) if not torch.equal(roots, found) else axis
+
+    def refuse(self, tensors: Any, reason: str) -> None:
+        """Note that no class that labels these tensors can be removed."""
+        for tensor in tensors_in(tensors):
+            for axis in self.of(tensor).axes:
+                self.classes.refuse(axis, reason)

@@ -51,7 +51,7 @@ def prune(
     """
     graph = _graph_for(dense, removed, example, graph)
     own = elsewhere = _all_slices(dense, removed, graph)
-    _refuse_shared(dense, own, graph)
+    _refuse_shared(own, graph)
     if propagation == "released":
         assert l1_removed is not None, "released propagation needs the L1 set"
         elsewhere = _all_slices(dense, l1_removed, graph)
@@ -97,7 +97,7 @@ def _refuse_empty(model: nn.Module, found: Mapping[str, list[Slices]]) -> None:
                 raise ValueError(f"{layer}: removing these units leaves {one.tensor} without any")
 
 
-def _refuse_shared(model: nn.Module, found: Mapping[str, list[Slices]], graph: Graph | None) -> None:
+def _refuse_shared(found: Mapping[str, list[Slices]], graph: Graph | None) -> None:
     """Raise ValueError where two of the layers have the same channels."""
     if graph is None or len(found) < 2:
         return
@@ -175,6 +175,7 @@ def cut(model: nn.Module, chosen: Iterable[Slices], graph: Graph | None = None) 
 
     A tensor with several names stays one tensor.
     """
+    chosen = list(chosen)
     merged: dict[tuple[str, int], set[int]] = {}
     for one in chosen:
         merged.setdefault((one.tensor, one.dim), set()).update(one.indices)
@@ -188,8 +189,10 @@ def cut(model: nn.Module, chosen: Iterable[Slices], graph: Graph | None = None) 
             owner = model.get_submodule(alias.rpartition(".")[0])
             setattr(owner, alias.rpartition(".")[2], made)
             widths.setdefault(alias.rpartition(".")[0], []).append((tensor.shape[dim], len(kept)))
-    for name, place, roots in graph.norms if graph is not None else ():
-        _narrow_norm(model.get_submodule(name), place, roots, merged, graph)
+    if graph is not None and graph.norms:
+        gone = {graph.root_of[s.tensor, s.dim, i] for s in chosen if not s.own for i in s.indices}
+        for name, place, roots in graph.norms:
+            _narrow_norm(model.get_submodule(name), place, sum(root not in gone for root in roots))
     for name, changes in widths.items():
         module = model.get_submodule(name)
         _fit(module)
@@ -206,11 +209,8 @@ def _aliases(name: str, graph: Graph | None) -> list[str]:
     return [alias for alias in graph.aliases[graph.first_name[name]] if not alias.endswith(".(used)")]
 
 
-def _narrow_norm(module: Any, place: int, roots: Sequence[int], merged: Mapping[Any, Any], graph: Graph | None) -> None:
+def _narrow_norm(module: Any, place: int, left: int) -> None:
     """A norm without weights: its width is an attribute alone."""
-    assert graph is not None
-    gone = {graph.root_of[tensor, dim, index] for (tensor, dim), found in merged.items() for index in found}
-    left = sum(root not in gone for root in roots)
     shape = list(module.normalized_shape)
     shape[place] = left
     module.normalized_shape = tuple(shape)
@@ -219,6 +219,7 @@ def _narrow_norm(module: Any, place: int, roots: Sequence[int], merged: Mapping[
 def _fit(module: Any) -> None:
     """Let a module of torch say the sizes that its tensors have."""
     weight = getattr(module, "weight", None)
+    normalized: Any = getattr(module, "normalized_shape", None)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):
@@ -228,8 +229,8 @@ def _fit(module: Any) -> None:
         module.num_features = len(known[0]) if known else module.num_features
     elif isinstance(module, nn.GroupNorm) and weight is not None:
         module.num_channels = len(weight)
-    elif isinstance(getattr(module, "normalized_shape", None), tuple) and isinstance(weight, torch.Tensor):
-        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(normalized, tuple) and isinstance(weight, torch.Tensor):
+        setattr(module, "normalized_shape", tuple(weight.shape))  # noqa: B010
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.Embedding):
@@ -245,7 +246,7 @@ def _fit_convolution(module: Any) -> None:
     module.out_channels, module.in_channels = (wide, first) if module.transposed else (first, wide)
 
 
-def _say_width(owner: nn.Module, before: int, now: int) -> None:
+def _say_width(owner: Any, before: int, now: int) -> None:
     for name in _WIDTHS:
         said = getattr(owner, name, None)
         if isinstance(said, tuple) and said == (before,):

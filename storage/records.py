@@ -159,8 +159,8 @@ class Cell:
     `layers` is ((layer name, pruning ratio), ...) in network order. `sampling_seed` is set when
     candidates are sampled, `pruner_seed` when the pruner draws. With `scope` global a criterion ranks the units
     of all layers together. `calibration` is how many samples data-driven criteria see. `content` is as a
-    dense model's, of a `pruner` that is a user's code. `sets` is ((layer, the output channels of each of its units), ...)
-    for the layers whose channels can only be removed in sets, or share their weight with another layer.
+    dense model's, of a `pruner` that is a user's code. `sets` is ((layer, the output channels of each of its units),
+    ...) for the layers whose channels can only be removed in sets, or share their weight with another layer.
     """
 
     dense: Dense

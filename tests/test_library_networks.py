@@ -258,7 +258,7 @@ def test_channels_and_sizes_are_the_datas() -> None:
 def test_layers_are_known_without_torch_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are kept in the user's cache: a second plan imports no torch."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = registry._found_layers.__wrapped__(TIMM_VIT)
+    found = dict(registry._found_layers.__wrapped__(TIMM_VIT).units)
     code = f"import sys; from models import layer_units; print(layer_units({TIMM_VIT!r}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == f"{found} False\n"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pruners.coupling import traced
 from pruners.criteria import (
     CRITERIA,
     Gradients,
@@ -20,7 +21,6 @@ from pruners.criteria import (
     own_norms,
     score,
 )
-from pruners.coupling import traced
 from pruners.surgery import units_of
 from workers.datasets import check_content
 from workers.streams import generator, seeded
@@ -74,7 +74,8 @@ def of_network(
     pruned maybe, for the cell's layers."""
     graph = _graph_of(network, cell, worker)
     sets = {name: graph.sets(name) for name, _ in cell.sets} if graph is not None else {}
-    units = {name: len(sets[name]) if name in sets else units_of(network.get_submodule(name)) for name, _ in cell.layers}
+    units = {name: units_of(network.get_submodule(name)) for name, _ in cell.layers}
+    units |= {name: len(of) for name, of in sets.items()}
     wanted = "weights" if of_weights else None if only is None else CRITERIA[only].needs
     own = {name: own_norms(network, name, n, sets.get(name)) for name, n in units.items()}
     found: dict[str, dict[str, Importance]] = {c: {name: of[c] for name, of in own.items()} for c in ("l1", "l2")}

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pruners.coupling import Graph, traced
 from pruners.equivalence import LIMIT, PROBE_SAMPLES, Equivalence, equivalence
 from pruners.masks import Masks, choose_masks, mask_sha256, masked, n_weights, packed_masks, unpacked_masks, zeroed
 from pruners.pruners import by_importance, choose, drawn, find_pruner, steps_of
-from pruners.coupling import Graph, traced
 from pruners.surgery import check_fell, prune, units_of
 from storage.records import Removed
 from workers.datasets import probe

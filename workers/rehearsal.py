@@ -70,4 +70,4 @@ def rehearse(
 def _check_equal(when: str, found: nn.Module, expected: nn.Module, probe: torch.Tensor) -> None:
     with torch.no_grad():
         if not torch.equal(found(probe), expected(probe)):
-            raise ValueError(f"{when}, it does not compute what it did before: some of its state is not in its state dict")
+            raise ValueError(f"{when}, it computes something else: some of its state is not in its state dict")
