@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
+
+from models.weights import NotRegular, open_regular
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,16 +115,21 @@ def _widths(layer: str, blocks: int, width: int) -> dict[str, int]:
 def hf_content(reference: str) -> str | None:
     """The hash (16 hex digits) of a folder's config, weights and tokenizer files; None of a hub id."""
     folder = parsed(reference).folder
-    return hash_of(folder, (path for path in folder.iterdir() if path.suffix in _READ)) if folder else None
+    if not folder:
+        return None
+    return hash_of(folder, (p for p in folder.iterdir() if p.suffix in _READ and not p.name.startswith(".")))
 
 
 def hash_of(folder: Path, files: Iterable[Path]) -> str:
-    """16 hex digits of sha256 over files of a folder, by their paths in it and what they hold."""
+    """Return 16 hex digits of sha256 over files of a folder, by their paths in it, UTF-8 or not, and their content.
+
+    Raises OSError, also for a file that is not regular.
+    """
     whole = hashlib.sha256()
     for path in sorted(files):
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             held = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{held}\n".encode())
+        whole.update(os.fsencode(path.relative_to(folder)) + f"\0{held}\n".encode())
     return whole.hexdigest()[:16]
 
 
@@ -182,9 +190,12 @@ def read_config(found: Reference) -> dict[str, Any]:
     """A reference's config.json. Raises ValueError."""
     path = found.folder / "config.json" if found.folder else _from_hub(found)
     try:
-        config = json.loads(path.read_text())
+        with open_regular(path) as file:
+            config = json.loads(file.read())
     except FileNotFoundError:
         raise ValueError(f"hf/{found.name}: the folder has no config.json") from None
+    except NotRegular as error:
+        raise ValueError(f"hf/{found.name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"hf/{found.name}: config.json is no JSON: {error}") from error
     if not isinstance(config, dict):

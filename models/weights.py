@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import zipfile
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,18 @@ def put(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None
             f"{shown(where)} does not fit the network: {'; '.join(found)}. Give a file of exactly this network, "
             "with as many classes as the data set has"
         )
-    model.load_state_dict(dict(state), strict=False)
+    load_state(model, state, strict=False)
+
+
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
+    """Put the tensors of a state dict of this network into it. Raises what torch raises where they do not fit.
+
+    A state dict also has a version for each module, which files of tensors alone do not keep, and without which some
+    modules (torchvision's MNASNet) refuse to load: it is that of the modules which are here.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata  # pyright: ignore[reportAttributeAccessIssue]
+    model.load_state_dict(versioned, strict=strict)
 
 
 def read(where: str) -> dict[str, torch.Tensor]:

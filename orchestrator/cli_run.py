@@ -285,7 +285,7 @@ def plan(
     """
     import pyarrow as pa
 
-    from orchestrator.expand import cells
+    from orchestrator.expand import cells, sets_of
     from orchestrator.plan import check, check_data, estimate, plan_of_spec
     from orchestrator.preflight import check_models
     from orchestrator.progress import duration, some
@@ -304,6 +304,8 @@ def plan(
         check_models(cells(checked, document, absolute(data_root)), absolute(data_root))
     found = plan_of_spec(opened, checked, document, absolute(data_root))
     emit(pa.Table.from_pylist(_cell_lines(found)), form, output)
+    for line in dict.fromkeys(line for one in found.cells for line in sets_of(one.cell)):
+        click.echo(line, err=True)
     cost = estimate(opened, found)
     known = f"about {duration(cost.worker_seconds)} of one worker"
     if cost.unknown:

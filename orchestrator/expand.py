@@ -102,10 +102,15 @@ def _recipe_and_weights(model: str, training: DenseTraining, document: Document)
                 f"({', '.join(SUFFIXES)}), or leave it out"
             )
         return recipe, ()
-    if not path.is_file():
+    try:
+        content = file_hash(path)
+    except FileNotFoundError:
         where = document.where(("dense",))
-        raise UserError(f"{where}: dense.weights: there is no file {path} (a name of the library's has no suffix)")
-    return replace(recipe, weights=str(path.absolute())), _content(weights=file_hash(path))
+        said = f"there is no file {path} (a name of the library's has no suffix)"
+        raise UserError(f"{where}: dense.weights: {said}") from None
+    except OSError as error:
+        raise UserError(f"{document.where(('dense',))}: dense.weights: {error}") from error
+    return replace(recipe, weights=str(path.absolute())), _content(weights=content)
 
 
 def _may_have(model: str, weights: str) -> bool:
@@ -213,6 +218,18 @@ def space_of(cell: Cell, data_root: str | None = None) -> Space:
     units = units_of(cell, data_root)
     names, ratios = zip(*cell.layers, strict=True)
     return Space.of([units[name] for name in names], ratios)
+
+
+def sets_of(cell: Cell) -> list[str]:
+    """Return a line for each layer of a cell whose units are several channels each, with the channels of the first."""
+    lines = []
+    for layer, sets in cell.sets:
+        if len(sets[0]) > 1:
+            shown = ", ".join(str(list(channels)) for channels in sets[:SHOWN])
+            more = f" and {len(sets) - SHOWN} more" if len(sets) > SHOWN else ""
+            said = f"its channels can only be removed in {len(sets)} sets of {len(sets[0])}, which are its units"
+            lines.append(f"{layer} of {cell.dense.model}: {said}: {shown}{more}")
+    return lines
 
 
 def tasks(spec: SweepSpec, document: Document, data_root: str | None = None) -> Iterator[Task]:

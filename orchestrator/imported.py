@@ -10,7 +10,6 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.registry import layer_units
 from orchestrator import expand
 from orchestrator.documents import Document
 from orchestrator.errors import UserError
@@ -334,7 +333,7 @@ def _row(one: Placed) -> Row:
     """The row of a candidate that is complete. What a log does not say is null."""
     task, logged, best = one.task, one.logged, one.logged.best
     assert best is not None
-    layers, units = task.cell.layers, layer_units(task.cell.dense.model)
+    layers, units = task.cell.layers, expand.units_of(task.cell)
     removed = [Removed(name, of) for (name, _), of in zip(layers, logged.removed, strict=True)]
     measured: dict[str, Any] = {
         "removed": tuple(removed),

@@ -71,7 +71,7 @@ class Plan:
 def planned(spec: SweepSpec, document: Document, data_root: str | None = None) -> Iterator[Shard]:
     """Every task of a spec in its shard, in the order of the grid: cell, candidate, seed."""
     cells = list(expand.cells(spec, document, data_root))
-    counts = [expand.candidate_count(cell, spec.candidates.count) for cell in cells]
+    counts = [expand.candidate_count(cell, spec.candidates.count, data_root) for cell in cells]
     block = block_size(spec, sum(counts))
     for cell, count in zip(cells, counts, strict=True):
         for first in range(0, count, block):

@@ -87,7 +87,8 @@ def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
     pairs = {name: (getattr(row, name), getattr(now, name)) for name in columns}
     differing = tuple(n for n, (then, today) in pairs.items() if not (_equal(then, today) or (older and then is None)))
     then, today = json.loads(recorded.json), json.loads(str(now.execution))
-    changed = {key: (then[key], today[key]) for key in today if then[key] != today[key]}
+    keys = dict.fromkeys([*then, *today])  # some are left out where they are as usual
+    changed = {key: (then.get(key), today.get(key)) for key in keys if then.get(key) != today.get(key)}
     return Rerun(row, now, differing, changed, network)
 
 

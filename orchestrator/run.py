@@ -12,7 +12,7 @@ from orchestrator.cluster import check_reachable, connected
 from orchestrator.documents import Document
 from orchestrator.drivers import Driver, heeding_signals
 from orchestrator.errors import UserError
-from orchestrator.expand import cells, keeps
+from orchestrator.expand import cells, keeps, sets_of
 from orchestrator.plan import (
     STATUSES,
     Plan,
@@ -76,7 +76,10 @@ def run_spec(store: Store, document: Document, options: Options) -> Outcome:
     are checked."""
     spec = check(document, options.data_root)
     check_data(spec.grid.dataset, options.data_root)
-    check_models(cells(spec, document, options.data_root), options.data_root)
+    planned_cells = list(cells(spec, document, options.data_root))
+    check_models(planned_cells, options.data_root)
+    for line in dict.fromkeys(line for cell in planned_cells for line in sets_of(cell)):
+        say(line)
     store.check_writable()
     check_reachable(options.address)
     manifest = store.write_manifest(spec.name, document.text(), planned(spec, document, options.data_root))

@@ -66,9 +66,21 @@ def chain_of(network: nn.Module, shape: Sequence[int]) -> list[Link]:
         if node.op == "output":
             break
         at = _follow(links, at, network, node)
+    _check_shared(links, network)
     if not links or at[1:] != (1, 1) or links[-1].relu or links[-1].pool:
         raise NotAChain("it does not end with a layer that gives logits")
     return links
+
+
+def _check_shared(links: list[Link], network: nn.Module) -> None:
+    """Raise NotAChain where two layers have a parameter in common: compiled code would hold it twice."""
+    seen: dict[int, str] = {}
+    for link in links:
+        for parameter in network.get_submodule(link.layer).parameters():
+            if (other := seen.setdefault(id(parameter), link.layer)) != link.layer:
+                raise NotAChain(f"{other} and {link.layer} share a parameter")
+    if len({link.layer for link in links}) < len(links):
+        raise NotAChain("a layer runs twice")
 
 
 def _follow(links: list[Link], at: tuple[int, ...], network: nn.Module, node: fx.Node) -> tuple[int, ...]:

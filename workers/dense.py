@@ -10,7 +10,7 @@ from torch import nn
 
 from models import build_model, load_weights
 from models.registry import model_content
-from models.weights import file_hash
+from models.weights import file_hash, load_state
 from usercode import is_code
 from workers.backends import open_backend
 from workers.datasets import check_content, find_dataset
@@ -104,5 +104,5 @@ def load_dense(dense: Dense, content: bytes, data_root: str | None = None) -> nn
     from safetensors.torch import load
 
     model = initial_model(dense, data_root)
-    model.load_state_dict(load(content))
+    load_state(model, load(content))
     return model.eval()

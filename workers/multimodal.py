@@ -6,14 +6,13 @@ them: it may be a link to a checkpoint's folder. What is prepared depends on it,
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.weights import open_regular, shown
+from models.multimodal import hash_of
+from models.weights import shown
 from workers.conversations import IMAGE, Item, read_items, read_json, read_list
 from workers.datasets import DataMissing, Dataset, Split
 from workers.folders import Unsupported, picture
@@ -64,17 +63,7 @@ def llava_content(path: str) -> str:
         file for file in _processor_files(folder / "processor") if file.suffix in (".json", ".model", ".jinja")
     ]
     parts = [*(folder / name for name in FILES[:2]), *processor, *{item.image for item in items}]
-    return _hash_of(folder, parts)
-
-
-def _hash_of(folder: Path, files: Iterable[Path]) -> str:
-    """16 hex digits of sha256 over files of a folder, by their paths in it, UTF-8 or not, and their content."""
-    whole = hashlib.sha256()
-    for path in sorted(files):
-        with open_regular(path) as file:
-            held = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(os.fsencode(path.relative_to(folder)) + f"\0{held}\n".encode())
-    return whole.hexdigest()[:16]
+    return hash_of(folder, parts)
 
 
 def _processor_files(folder: Path) -> list[Path]:

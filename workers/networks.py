@@ -54,6 +54,7 @@ def network_of(content: bytes, path: str = "this file") -> nn.Module:
     from safetensors.torch import load
 
     from models.inputs import example_input
+    from models.weights import load_state
     from pruners.surgery import prune
     from workers.weights import metadata
 
@@ -67,5 +68,5 @@ def network_of(content: bytes, path: str = "this file") -> nn.Module:
     with torch.random.fork_rng():
         dense = build_model(name, about["classes"], shape)
         model = prune(dense, removed, example_input(dense, shape))
-    model.load_state_dict(load(content))
+    load_state(model, load(content))
     return model.eval()

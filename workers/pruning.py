@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from models.weights import load_state
 from pruners.coupling import Graph, traced
 from pruners.equivalence import LIMIT, PROBE_SAMPLES, Equivalence, equivalence
 from pruners.masks import Masks, choose_masks, mask_sha256, masked, n_weights, packed_masks, unpacked_masks, zeroed
@@ -263,7 +264,7 @@ def _in_common(cell: Cell, found: Equivalence, dense: DenseModel, worker: Worker
 def after_step(pruned: Pruned, trained: Mapping[str, torch.Tensor], start: Start, cell: Cell, worker: Worker) -> Start:
     """What the next step starts from: the state of a pruned network when it was retrained, its masks applied."""
     network = _shaped(pruned.removed, start.dense, cell, worker)
-    network.load_state_dict(trained)
+    load_state(network, trained)
     return Start(start.dense, network.eval(), start.step + 1, pruned.removed, pruned.masks)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from models import build_model
+from models.weights import load_state
 from workers.datasets import Split
 from workers.measures import cross_entropy, measured
 from workers.networks import network_content, network_of
@@ -27,7 +28,7 @@ def check_saved(model: nn.Module, name: str, classes: int, shape: tuple[int, int
     with torch.random.fork_rng(devices=[]):
         again = build_model(name, classes, shape)
     try:
-        again.load_state_dict(load(content))
+        load_state(again, load(content))
     except Exception as error:  # of another kind for each way not to fit
         said = " ".join(str(error).split())[:300]
         raise ValueError(f"its saved weights cannot be loaded again: {type(error).__name__}: {said}") from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from models.weights import load_state
 from workers.checkpoints import State, optimizer_state, part, prefixed, restore_optimizer
 from workers.datasets import Split
 from workers.measures import EVALUATION_BATCH, Measure, cross_entropy, measured
@@ -123,9 +124,9 @@ class Serial:
     def restore(self, state: State) -> None:
         """Be where `state` was taken."""
         self._started()  # gives the network its low-rank additions
-        self._network.load_state_dict(part(state.tensors, "model"))
+        load_state(self._network, part(state.tensors, "model"))
         if self._average:
-            self._average.load_state_dict(part(state.tensors, "average"))
+            load_state(self._average, part(state.tensors, "average"))
         held = State(part(state.tensors, "optimizer"), state.values["optimizer"])
         restore_optimizer(_inner(self._started()), held)
         if self._accelerator.scaler is not None:
