@@ -81,7 +81,7 @@ def preflight(cells: Iterable[Cell], data_root: str | None) -> list[str]:
         note = _note(subject)
         if note.exists():
             continue
-        found = list(_problems(subject))
+        found = list(problems_of(subject))
         problems += found
         if not found:
             _write(note)
@@ -156,7 +156,9 @@ def _subjects(cells: Iterable[Cell], data_root: str | None) -> list[Subject]:
     return [Subject(s.model, s.classes, s.shape, s.weights, tuple(of)) for s, of in prunings.items()]
 
 
-def _problems(subject: Subject) -> Iterator[str]:
+def problems_of(subject: Subject) -> Iterator[str]:
+    """Yield what stands in the way of a network's prunings: it is built, saved and loaded, and each pruning is tried as
+    a worker would do it."""
     import torch
 
     from workers.rehearsal import check_saved

@@ -350,3 +350,35 @@ def test_text_is_not_mixed() -> None:
     document = specs.document(grid=grid | {"pruner": "l1", "seed": 0}, retrain=specs.TRAINING | {"mixup": 0.2})
     with pytest.raises(UserError, match="mixup and cutmix are for images with classes, not for llava:nosuch"):
         cells(document)
+
+
+def test_layers_are_traced_on_samples_of_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that runs on samples of no usual shape, and only on those of its data, has its layers."""
+    name = f"shaped_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(SHAPED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    grid = {"model": f"{name}:Net", "dataset": f"{name}:load", "layers": "*", "ratio": 0.5, "pruner": "l1"}
+    spec = specs.document(grid)
+    (cell,) = expand.cells(load_spec(spec), spec)
+    assert cell.layers == (("a", 0.5),)
+
+
+SHAPED = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes, shape):
+        super().__init__()
+        assert (classes, shape) == (3, (2, 20, 12))
+        self.a, self.b = nn.Conv2d(2, 6, 3), nn.Linear(6 * 18 * 10, classes)
+
+    def forward(self, x):
+        return self.b(self.a(x).flatten(1))
+
+def load(root):
+    images, labels = torch.zeros(9, 2, 20, 12), torch.arange(9) % 3
+    return (images, labels), (images, labels)
+"""

@@ -14,7 +14,7 @@ import torch
 
 from models.registry import layer_units
 from orchestrator.cli import main
-from orchestrator.preflight import all_layers, preflight
+from orchestrator.preflight import Subject, all_layers, preflight, problems_of
 from orchestrator.support import COLUMNS, Finding, findings, names_of, page
 from storage.records import Cell, Dense, Recipe
 
@@ -106,6 +106,55 @@ def test_a_network_that_cannot_be_pruned_is_refused(nets: str, build: str, layer
     (problem,) = preflight([cell(f"{nets}:{build}", layers)], None)
     assert problem.startswith(f"{nets}:{build}: ")
     assert re.search(said, problem), problem
+
+
+FIVE = [
+    "torchvision/mnasnet0_5",  # its weights load only with a version, which files of tensors do not keep
+    "torchvision/shufflenet_v2_x0_5",  # some of its layers cannot be pruned
+    "timm/resnet10t",
+    "timm/vit_tiny_patch16_224?patch_size=8&embed_dim=48&depth=2&num_heads=4",
+    "timm/convnext_atto?depths=[1,1,1,1]",
+]
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_networks_of_five_kinds_go_all_the_way(nets: str, name: str) -> None:
+    """Built, saved, loaded, pruned in every layer, trained by a step, evaluated, kept and loaded again."""
+    layers = all_layers(name, 0.25, 10, (3, 32, 32))
+    wanted = cell(name, dict(layers))
+    subject = Subject(name, 10, (3, 32, 32), None, ((wanted.layers, "filter"),))
+    assert list(problems_of(subject)) == []
+    assert len(layers) > 3
+
+
+def test_state_outside_of_the_state_dict_is_found(nets: str) -> None:
+    """A network that draws a part of itself anew each time it is built computes something else once it is loaded."""
+    with Path(f"{nets}.py").open("a") as file:
+        file.write("""
+class Outside(Net):
+    def __init__(self, classes):
+        super().__init__(classes, "")
+        self.scale = torch.rand(1)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+""")
+    (problem,) = preflight([cell(f"{nets}:Outside", {"first": 0.5})], None)
+    assert "some of its state is not in its state dict" in problem
+
+
+def test_masks_of_a_shared_weight_are_refused(nets: str) -> None:
+    """A mask in one layer would have no effect in the other: both are named."""
+    with Path(f"{nets}.py").open("a") as file:
+        file.write("""
+def tied(classes):
+    layers = [nn.Conv2d(1, 8, 4, 4), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten()]
+    made = nn.Sequential(*layers, nn.Linear(512, classes))
+    made[2].weight = made[1].weight
+    return made
+""")
+    (problem,) = preflight([cell(f"{nets}:tied", {"2": 0.5}, granularity="weight")], None)
+    assert "2: its weight is also that of 1" in problem
 
 
 def test_built_in_networks_are_not_tried_but_their_weights_are(tmp_path: Path, nets: str) -> None:
