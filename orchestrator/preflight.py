@@ -13,17 +13,17 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.registry import MODELS, layer_units, load_weights, model_content
-from models.weights import is_file
+from models.weights import file_hash, is_file
 from orchestrator.errors import UserError
 from orchestrator.progress import say
 from pruners.candidates import n_removed
 from usercode import is_code, load
 from workers.datasets import DataMissing, find_dataset
+from workers.execution import installed
 
 if TYPE_CHECKING:
     import torch
@@ -378,8 +378,8 @@ def _note(subject: Subject) -> Path:
 
     files = [Path(__file__), *sorted(Path(str(pruners.__file__)).parent.glob("*.py"))]
     rules = [path.read_bytes() for path in files]
-    given = hashlib.sha256(Path(subject.weights).read_bytes()).hexdigest() if subject.weights else None
-    libraries = [version(name) for name in ("torch", "torchvision", "timm", "torch-pruning")]
+    given = file_hash(Path(subject.weights)) if subject.weights else None
+    libraries = list(installed(("torch", "torchvision", "timm", "torch-pruning")))
     said = [subject.model, model_content(subject.model), subject.classes, subject.shape, given, subject.prunings]
     key = hashlib.sha256(json.dumps([*said, libraries]).encode() + b"".join(rules)).hexdigest()[:32]
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

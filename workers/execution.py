@@ -28,10 +28,11 @@ _ARITHMETIC = ("torch", "numpy")
 @cache
 def library_versions() -> tuple[tuple[str, str], ...]:
     """Return (name, version) of Python and of those of RECORDED that are installed."""
-    return (("python", platform.python_version()), *_installed(RECORDED))
+    return (("python", platform.python_version()), *installed(RECORDED))
 
 
-def _installed(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+def installed(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (name, version) of those libraries that are installed."""
     for name in names:
         with suppress(PackageNotFoundError):
             yield name, version(name)
