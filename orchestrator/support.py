@@ -228,16 +228,23 @@ def _pruning(name: str, layers: Layers, model: nn.Module, probe: torch.Tensor) -
         return PASSES, f"without a check of its outputs: {sizes.reason}" if sizes.reason else ""
     except ValueError as error:
         together = _short(error)
-    alone = {}
+    problems = {}
     for layer in layers:
         try:
-            prune_together(model, (layer,), probe, graph, name)
+            prune_together(model, (layer,), probe, graph)
         except ValueError as error:
-            alone[layer[0]] = _short(error).removeprefix(f"{layer[0]}: ")
-    if not alone:
+            problems[layer[0]] = _short(error).removeprefix(f"{layer[0]}: ")
+    rest = tuple(layer for layer in layers if layer[0] not in problems)
+    if not problems:
         return PARTLY, f"each layer alone, but not all together: {together}"
-    remark = f"{len(layers) - len(alone)} of {len(layers)} layers; {next(iter(alone))}: {next(iter(alone.values()))}"
-    return (FAILS if len(alone) == len(layers) else PARTLY), remark
+    remark = f"{len(rest)} of {len(layers)} layers; {next(iter(problems))}: {next(iter(problems.values()))}"
+    if not rest:
+        return FAILS, remark
+    try:
+        prune_together(model, rest, probe, graph, name)
+    except ValueError as error:
+        remark = f"{remark}; the others not all together: {_short(error)}"
+    return PARTLY, remark
 
 
 CLASSES = 10
