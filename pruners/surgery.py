@@ -270,12 +270,15 @@ def check_removed(dense: nn.Module, pruned: nn.Module, removed: Units, chosen: I
 
     Where the inputs of a pruned layer are whole, the weights of the units that are left must be the dense ones.
     """
-    coupled = {id(tensor_of(dense, one.tensor)): len(one.indices) for one in chosen if one.dim == 0}
+    coupled: dict[int, set[int]] = {}
+    for one in chosen:
+        if one.dim == 0:
+            coupled.setdefault(id(tensor_of(dense, one.tensor)), set()).update(one.indices)
     for name, before in dense.named_modules():
         if not isinstance(before, LAYERS) and _heads(before) is None:
             continue
         after = pruned.get_submodule(name)
-        lost = len(set(removed[name])) if name in removed else coupled.get(id(getattr(before, "weight", None)), 0)
+        lost = len(set(removed[name]) if name in removed else coupled.get(id(getattr(before, "weight", None)), ()))
         is_known = name in removed or isinstance(before, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
         if is_known and units_of(after) != units_of(before) - lost:
             said = f"{units_of(before) - lost} of {units_of(before)} units were to be left"

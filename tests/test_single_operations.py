@@ -1,0 +1,46 @@
+"""Single operations: what they couple, and that the check follows them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from models.discovery import prunable_of
+from models.layers import Layers
+from pruners.coupling import Graph, traced
+from pruners.equivalence import LIMIT, PROBE_SAMPLES, equivalence
+from pruners.surgery import prune
+
+
+def known(model: nn.Module, *shape: int) -> tuple[nn.Module, torch.Tensor, Graph, Layers]:
+    """A network in eval mode, a probe batch, its graph, and what can be pruned."""
+    probe = torch.randn(PROBE_SAMPLES, *shape, generator=torch.Generator().manual_seed(0))
+    graph = traced(model.eval(), probe[:1])
+    return model, probe, graph, prunable_of(model, graph, probe[:1])
+
+
+def error_without(model: nn.Module, probe: torch.Tensor, graph: Graph, removed: dict[str, tuple[int, ...]]) -> float:
+    """The difference of the pruned network to the masked one."""
+    pruned = prune(model, removed, probe[:1], graph=graph)
+    found = equivalence(model, pruned, removed, probe, graph.partners(removed))
+    assert found.error is not None, found.reason
+    return found.error
+
+
+def test_layers_that_take_parts_of_one_convolution_are_pruned_together() -> None:
+    """A depthwise convolution over a concatenation loses what either of two layers removes."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 4, 1)
+            self.each, self.out = nn.Conv2d(10, 10, 3, groups=10), nn.Linear(10, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            return self.out(self.each(torch.cat([x, self.b(x)], 1)).mean((2, 3)))
+
+    model, probe, graph, _ = known(Dense(), 2, 5, 5)
+    removed = {"a": (0, 2), "b": (1,)}
+    assert len(prune(model, removed, probe[:1], graph=graph).get_parameter("each.weight")) == 7
+    assert error_without(model, probe, graph, removed) <= LIMIT
