@@ -301,6 +301,15 @@ def _padded(labels: Labels, call: Call) -> None:
     labels.set(call.output, axes)
 
 
+def _shuffled(labels: Labels, call: Call) -> None:
+    """A shuffle numbers channels as a grid of groups: what is removed must leave one."""
+    for axis in labels.of(call.args[0]).axes:
+        if axis.shape[1] > 1:
+            labels.splits.append((axis.unflatten(1, (call.args[1], -1)), labels.place()))
+            labels.divided.append((axis, labels.place()))
+    _moved(labels, call)
+
+
 def _gated(labels: Labels, call: Call) -> None:
     """glu: the first half of a dimension times the sigmoid of the second."""
     x = call.args[0]
@@ -522,8 +531,12 @@ def _reduced(labels: Labels, call: Call) -> None:
         labels.set(made, [a for a in axes if a.ndim == made.ndim])
 
 
-def _softmax(labels: Labels, call: Call) -> None:
-    labels.set(call.output, labels.of(call.args[0]).axes)
+def _first_as_input(labels: Labels, call: Call) -> None:
+    """The labels of the input, for the first output; others, such as buffers of a gradient, have none."""
+    made, *rest = list(tensors_in(call.output))
+    labels.set(made, labels.of(call.args[0]).axes)
+    for more in rest:
+        labels.set(more, [])
 
 
 def _pooled(labels: Labels, call: Call) -> None:
@@ -549,7 +562,7 @@ def _pooled(labels: Labels, call: Call) -> None:
 
 _MOVES = """
     permute transpose t unsqueeze squeeze select slice split split_with_sizes unbind expand alias narrow diagonal unfold
-    repeat flip roll index_select gather index rot90 channel_shuffle movedim as_strided_copy take_along_dim
+    repeat flip roll index_select gather index rot90 movedim as_strided_copy take_along_dim
     split_copy split_with_sizes_copy unsafe_split unsafe_chunk chunk
 """
 _SAMES = """
@@ -577,7 +590,9 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(_REDUCTIONS.split(), _reduced),
     **dict.fromkeys(_POOLS.split(), _pooled),
-    **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax"), _softmax),
+    **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax"), _first_as_input),
+    **dict.fromkeys(("hardswish", "log_sigmoid_forward"), _first_as_input),  # element-wise, but without torch's tag
+    **dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), _shuffled),
     **dict.fromkeys(("convolution", "_convolution", "conv2d", "convolution_overrideable"), _convolved),
     **dict.fromkeys(("mm", "bmm"), _mm),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),

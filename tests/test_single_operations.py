@@ -44,3 +44,19 @@ def test_layers_that_take_parts_of_one_convolution_are_pruned_together() -> None
     removed = {"a": (0, 2), "b": (1,)}
     assert len(prune(model, removed, probe[:1], graph=graph).get_parameter("each.weight")) == 7
     assert error_without(model, probe, graph, removed) <= LIMIT
+
+
+def test_activations_without_torchs_tag_are_followed() -> None:
+    """Hardswish and the logarithm of a sigmoid change no channel."""
+    layers = [nn.Conv2d(2, 6, 3), nn.Hardswish(), nn.Conv2d(6, 4, 3), nn.LogSigmoid(), nn.Flatten(), nn.Linear(16, 3)]
+    model, probe, graph, found = known(nn.Sequential(*layers), 2, 6, 6)
+    assert found.units == {"0": 6, "2": 4}
+    assert error_without(model, probe, graph, {"0": (1, 4), "2": (0,)}) <= LIMIT
+
+
+def test_shuffled_channels_are_not_removed_one_by_one() -> None:
+    """A shuffle of two groups divides the channels into a grid."""
+    layers = [nn.Conv2d(2, 8, 3), nn.ChannelShuffle(2), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(16, 3)]
+    found = known(nn.Sequential(*layers), 2, 6, 6)[-1]
+    assert found.units == {"2": 4}
+    assert "divides its channels into 2 x 4" in found.refused["0"]
