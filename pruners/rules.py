@@ -259,7 +259,7 @@ def _concatenated(labels: Labels, call: Call) -> None:
     keys = {varies(axis) | {dim} for part in parts for axis in labels.of(part).axes}
     axes = []
     for key in sorted(keys, key=sorted):
-        pieces = []
+        pieces, aligned = [], []
         for part in parts:
             own = [a for a in labels.of(part).axes if varies(a) | {dim} == key]
             axis = own[0] if own else torch.full([1] * part.ndim, FIXED)
@@ -268,8 +268,20 @@ def _concatenated(labels: Labels, call: Call) -> None:
             if not own and labels.of(part).free and key != {dim}:
                 axis = _wildcard(labels, parts, key, dim)
             pieces.append(_full(axis, part.shape))
-        axes.append(torch.cat(pieces, dim))
+            aligned.append(axis)
+        if any(dim in varies(axis) for axis in aligned) or key == {dim}:
+            axes.append(torch.cat(pieces, dim))
+        else:
+            axes.append(_beside(labels, aligned))
     labels.set(call.output, axes, free=all(labels.of(part).free for part in parts))
+
+
+def _beside(labels: Labels, aligned: Sequence[Axis]) -> Axis:
+    """The labels of parts that stand one after the other in the same channels: these go together."""
+    widest = max(aligned, key=torch.Tensor.numel)
+    for axis in aligned:
+        labels.classes.join_all(widest, axis)
+    return widest
 
 
 def _wildcard(labels: Labels, parts: Sequence[torch.Tensor], key: frozenset[int], dim: int) -> Axis:

@@ -60,3 +60,21 @@ def test_shuffled_channels_are_not_removed_one_by_one() -> None:
     found = known(nn.Sequential(*layers), 2, 6, 6)[-1]
     assert found.units == {"2": 4}
     assert "divides its channels into 2 x 4" in found.refused["0"]
+
+
+def test_channels_one_after_the_other_go_together() -> None:
+    """Tokens of two layers in one tensor: it stays rectangular, and a norm over the channels couples nothing else."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            both = torch.cat([self.a(x[:, :1]), self.b(x[:, 1:])], 1)
+            both = both / both.square().mean(-1, keepdim=True)
+            return self.out(both[:, 0]) + self.out(both[:, 1])
+
+    model, probe, graph, found = known(Tokens(), 3, 4)
+    assert found.units == {"a": 6} and found.others == {"b": 6}
+    assert error_without(model, probe, graph, {"a": (1, 4)}) <= LIMIT
