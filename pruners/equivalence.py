@@ -365,6 +365,8 @@ class _Observed(Operations):
         output = func(*args, **(kwargs or {}))
         kind = _kind(func)
         if kind is None:
+            if name_of(func) in ("constant_pad_nd", "cat"):
+                output = _beside_spoilt(args[0], output)
             return self._through_conditions(args, output)
         call = self._calls[len(self.parts)]
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
@@ -411,6 +413,20 @@ class _Observed(Operations):
         else:
             units, dim = self._weights.get(_weight_key(weight.mT)), -1
         return _spoilt(output, dim, units) if units else output
+
+
+def _beside_spoilt(given: Any, output: torch.Tensor) -> torch.Tensor:
+    """What stands beside a channel that is not a number, such as its padding or a class token's, is not one either."""
+    for part in given if isinstance(given, tuple | list) else [given]:
+        spoilt = part.isnan() if part.ndim == output.ndim and part.is_floating_point() else None
+        if spoilt is None or not spoilt.any() or spoilt.all():
+            continue
+        grown = [dim for dim in range(part.ndim) if part.shape[dim] != output.shape[dim]]
+        if all(_is_constant(spoilt, dim) for dim in grown):
+            for dim in grown:
+                spoilt = spoilt.narrow(dim, 0, 1)
+            output = output.masked_fill(spoilt, float("nan"))
+    return output
 
 
 def _as_returned(output: Any, tensors: Sequence[torch.Tensor]) -> Any:
@@ -463,22 +479,15 @@ def _norm_parts(func: Any, args: Any, changed: torch.Tensor) -> Parts:
     if name == "native_group_norm" and args[6] > 1:
         raise _OverGroups(args[1])
     wide = [dim for dim in along if _whole_slices(changed, dim)]
-    if not wide:
-        raise NoReference(f"{name} takes statistics over some of the removed units, and not over whole slices of them")
-    return {0: Part(wide[0], tuple(_along(changed, wide[0])))}
+    if not wide and name in _SUMS:  # such as the larger of two channels: it goes with either of them
+        return {}
+    dim = (wide or along)[0]
+    return {0: Part(dim, tuple(_along(changed, dim)))}
 
 
 def _whole_slices(changed: torch.Tensor, dim: int) -> bool:
     """Whether what differs are slices of this dimension, and the same ones everywhere."""
-    slices = torch.zeros(changed.shape[dim], dtype=torch.bool, device=changed.device)
-    slices[_along(changed, dim)] = True
-    shape = [1] * changed.ndim
-    shape[dim] = -1
-    hidden = [d for d in range(changed.ndim) if d != dim]
-    return (
-        bool((changed.amax(hidden) if hidden else changed).equal(slices))
-        and not (changed & ~slices.reshape(shape)).any()
-    )
+    return all(_is_constant(changed, other) for other in range(changed.ndim) if other != dim)
 
 
 def _statistic_dims(func: Any, name: str, args: Any, ndim: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.discovery import prunable_of
@@ -78,3 +79,60 @@ def test_channels_one_after_the_other_go_together() -> None:
     model, probe, graph, found = known(Tokens(), 3, 4)
     assert found.units == {"a": 6} and found.others == {"b": 6}
     assert error_without(model, probe, graph, {"a": (1, 4)}) <= LIMIT
+
+
+class TwoBranches(nn.Module):
+    """Two layers whose outputs meet as `meet` says."""
+
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.reader = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1), reader
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.reader(self.meet(self.a(x), self.b(x)))
+
+    def meet(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def reader(width: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+
+def test_the_larger_of_two_channels_goes_with_either() -> None:
+    """A maximum over some of the removed units is no statistic of the others."""
+
+    class Maxout(TwoBranches):
+        def meet(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.cat([a, b], 1).view(a.shape[0], 2, -1, *a.shape[2:]).amax(1)
+
+    model, probe, graph, found = known(Maxout(reader(4)), 2, 3, 3)
+    assert found.units == {"a": 4}
+    assert error_without(model, probe, graph, {"a": (1, 2)}) <= LIMIT
+
+
+def test_the_check_silences_what_stands_beside_a_channel() -> None:
+    """Padding, and a class token, are parts of the channels that they stand in: a norm over these sees neither."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.out = nn.Conv2d(2, 4, 1), nn.LayerNorm([4, 4, 4]), nn.Linear(64, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.norm(F.pad(self.a(x), (1, 0, 0, 1))).flatten(1))
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.token = nn.Conv2d(2, 4, 1), nn.Parameter(torch.randn(1, 1, 4))
+            self.norm, self.out = nn.RMSNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x).flatten(2).transpose(1, 2)
+            return self.out(self.norm(torch.cat([self.token.expand(len(x), -1, -1), x], 1)).mean(1))
+
+    for network in (Padded(), Tokens()):
+        model, probe, graph, found = known(network, 2, 3, 3)
+        assert found.units == {"a": 4}
+        assert error_without(model, probe, graph, {"a": (1, 2)}) <= LIMIT
