@@ -79,8 +79,9 @@ def _compared(
     silencer = _Silencer(reference, _first(samples, observed))
     silencer.add(removed)
     found = _difference(got, reference, samples, silencer)
-    if found > LIMIT and partners and silencer.add_partners(partners):
-        found = _difference(got, reference, samples, silencer)
+    for each_alone in (False, True):  # of most networks whole layers say enough
+        if found > LIMIT and partners and silencer.add_partners(partners, each_alone):
+            found = _difference(got, reference, samples, silencer)
     return found
 
 
@@ -171,14 +172,24 @@ class _Silencer:
             raise NoReference("no layer reads the removed units")
         self._take(found)
 
-    def add_partners(self, partners: Units) -> bool:
-        """Silence those units of other layers that are read together with silenced ones; whether there are any."""
-        left = {layer: self._observed({layer: units}) for layer, units in partners.items()}
+    def add_partners(self, partners: Units, each_alone: bool) -> bool:
+        """Silence those units of other layers that are read together with silenced ones; whether there are any.
+
+        The units of a layer are silenced together, if some call reads nothing else of them than what is silenced; or
+        `each_alone`, if some call reads one of its inputs as one of those that are silenced.
+        """
+        parts_of = [{layer: units} for layer, units in partners.items()]
+        if each_alone:
+            parts_of = [{layer: (unit,)} for layer, units in partners.items() for unit in units]
+        left = dict(enumerate(map(self._observed, parts_of)))
         taken = False
-        while found := next((layer for layer, parts in left.items() if self._is_silenced_somewhere(parts)), None):
+        while (found := self._next_silenced(left, each_alone)) is not None:
             self._take(left.pop(found))
             taken = True
         return taken
+
+    def _next_silenced(self, left: Mapping[int, Sequence[Parts]], each_alone: bool) -> int | None:
+        return next((at for at, parts in left.items() if self._is_silenced_somewhere(parts, each_alone)), None)
 
     def _observed(self, units: Units) -> list[Parts]:
         weights = {_weight_key(_own(self._model, layer)): tuple(own) for layer, own in units.items()}
@@ -207,12 +218,15 @@ class _Silencer:
                 lost[call.weight] = next(iter(own.values())).indices
         return lost
 
-    def _is_silenced_somewhere(self, parts: Sequence[Parts]) -> bool:
-        """Whether all that some call reads of these units is silenced there already."""
+    def _is_silenced_somewhere(self, parts: Sequence[Parts], in_part: bool) -> bool:
+        """Whether all that some call reads of these units, or a part of it, is silenced there already."""
         for own, known in zip(parts, self._parts, strict=True):
             for at, part in own.items():
                 silenced = known.get(at)
-                if silenced and silenced.dim == part.dim and set(part.indices) <= set(silenced.indices):
+                if silenced is None or silenced.dim != part.dim:
+                    continue
+                read, gone = set(part.indices), set(silenced.indices)
+                if read & gone if in_part else read <= gone:
                     return True
         return False
 

@@ -136,3 +136,18 @@ def test_the_check_silences_what_stands_beside_a_channel() -> None:
         model, probe, graph, found = known(network, 2, 3, 3)
         assert found.units == {"a": 4}
         assert error_without(model, probe, graph, {"a": (1, 2)}) <= LIMIT
+
+
+def test_the_check_finds_partners_that_are_read_elsewhere_too() -> None:
+    """A partner of which one reader reads more inputs than those that it shares with the removed units."""
+
+    class Beside(TwoBranches):
+        def meet(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.cat([a + b, b], 1)
+
+    model, probe, graph, found = known(Beside(reader(8)), 2, 3, 3)
+    assert found.units == {"a": 4} and found.others == {"b": 4}
+    assert error_without(model, probe, graph, {"a": (1, 2)}) <= LIMIT
+    wrong = prune(model, {"a": (0, 2)}, probe[:1], graph=graph)
+    caught = equivalence(model, wrong, {"a": (1, 2)}, probe, graph.partners({"a": (0, 2)}))
+    assert caught.error is not None and caught.error > LIMIT
