@@ -91,12 +91,12 @@ def prunable_of(model: nn.Module, graph: Graph, example: Any) -> Layers:
             refused[name] = f"{name}: {problem}"
             continue
         try:
+            classes = set(graph.classes_of(name))
+            if len(classes) == 1:
+                raise ValueError(f"{name}: its channels could only be removed all together, which leaves nothing of it")
             found = graph.sets(name)
         except ValueError as error:
             refused[name] = str(error)
-            continue
-        classes = set(graph.classes_of(name))
-        if len(found) < 2:
             continue
         if (problem := _taken_apart(model, name, found, graph, example)) is not None:
             refused[name] = f"{name}: {problem}"

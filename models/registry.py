@@ -199,20 +199,21 @@ def prunable_layers(name: str, classes: int | None = None, shape: Shape | None =
 
 
 @lru_cache
-def weight_layers(name: str) -> dict[str, int]:
-    """Convolution or linear layer -> its weights, in the order of the modules, the classifier too: what masks can be
-    put on. Raises ValueError.
+def weight_layers(name: str, classes: int | None = None, shape: Shape | None = None) -> dict[str, int]:
+    """Return convolution or linear layer -> its weights, in the order of the modules, the classifier too.
 
-    A network is built the first time, on no device if it can be.
+    These are what masks can be put on. Raises ValueError.
+
+    A network is built the first time, on no device if it can be, for the given classes and shape.
     """
     from models import discovery
 
     check_model(name)
     if name.startswith("hf/"):
         raise ValueError(f"{name}: masks of single weights are for classifiers, not for language models")
-    key = ["weights", name, _version(name)]
+    key = ["weights", name, _version(name), str(classes), str(shape)]
     if (found := discovery.remembered(key)) is None:
-        found = _build_and(name, lambda model, _: discovery.weighted(model))
+        found = _build_and(name, lambda model, _: discovery.weighted(model), classes, shape)
         discovery.remember(key, found)
     return found
 
@@ -256,7 +257,7 @@ def _build_and(
 
     from models import discovery
 
-    problems: dict[str, None] = {}
+    problems: dict[Shape, str] = {}
     for known in [shape] if shape is not None else _usual_shapes(name):
         for device in ("meta", "cpu"):
             try:
@@ -264,8 +265,8 @@ def _build_and(
                     model = build_model(name, classes or discovery.CLASSES, known)
                     return look(model, torch.zeros(1, *known))
             except Exception as error:  # of the network's own code: another shape, or a device with numbers, may do
-                problems[f"for samples of {_times(known)}: {error}"] = None
-    raise ValueError(f"the layers of {name} cannot be found; {'; '.join(problems)}")
+                problems[known] = f"for samples of {_times(known)}: {error}"
+    raise ValueError(f"the layers of {name} cannot be found; {'; '.join(problems.values())}")
 
 
 def _usual_shapes(name: str) -> list[Shape]:

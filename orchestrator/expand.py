@@ -24,6 +24,7 @@ from storage.records import Cell, ChannelSets, Dense, Recipe, Task
 from workers.datasets import DataMissing, dataset_content, find_dataset
 
 Layers = tuple[tuple[str, float], ...]
+Shape = tuple[int, int, int]
 CALIBRATION = int(CELL_DEFAULTS[SCHEMA_VERSION]["calibration"])
 SHOWN = 4
 """Layers that a message names one by one."""
@@ -166,11 +167,13 @@ class _Known:
     @cached_property
     def prunable(self) -> Prunable:
         """The layers, traced on samples of the data set's shape where the data are here. Raises ValueError."""
-        return _prunable(self.model, self.dataset, self.data_root)
+        return prunable_layers(self.model, *_classes_and_shape(self.model, self.dataset, self.data_root))
 
     def units(self, granularity: str) -> Mapping[str, int]:
         """Return layer -> what can be removed of it: units, or single weights. Raises ValueError."""
-        return weight_layers(self.model) if granularity == "weight" else {**self.prunable.units, **self.prunable.others}
+        if granularity == "weight":
+            return weight_layers(self.model, *_classes_and_shape(self.model, self.dataset, self.data_root))
+        return {**self.prunable.units, **self.prunable.others}
 
     def others(self, granularity: str) -> Mapping[str, int]:
         """Return the layers that only their exact names stand for."""
@@ -188,14 +191,16 @@ class _Known:
         return tuple(sorted((name, found[name]) for name, _ in layers if name in found))
 
 
-def _prunable(model: str, dataset: str, data_root: str | None) -> Prunable:
+def _classes_and_shape(model: str, dataset: str, data_root: str | None) -> tuple[int | None, Shape | None]:
+    """The classes and the sample shape of a data set, for a network that has to be traced; nothing where the data set
+    is not here, or cannot be used, which other checks report."""
     if not is_found(model):
-        return prunable_layers(model)
+        return None, None
     try:
         found = find_dataset(dataset, data_root)
-    except ValueError:  # it is not here, or it cannot be used, which is told elsewhere
-        return prunable_layers(model)
-    return prunable_layers(model, found.classes, found.shape)
+    except ValueError:
+        return None, None
+    return found.classes, found.shape
 
 
 def candidate_count(cell: Cell, sample_count: int | None, data_root: str | None = None) -> int:

@@ -215,6 +215,20 @@ def test_branches_that_are_added_lose_the_same_units() -> None:
     assert error is not None and error <= LIMIT
 
 
+def test_channels_that_all_hang_together_are_refused() -> None:
+    """Each channel is multiplied with the next: only all could go."""
+
+    class Neighbours(unusual_networks.Net):
+        widths = (8, 7)
+
+        def between(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, 1:] * x[:, :-1]
+
+    layers, _ = found_in(Neighbours().eval())
+    assert list(layers.units) == ["b"]
+    assert layers.refused["a"] == "a: its channels could only be removed all together, which leaves nothing of it"
+
+
 def test_networks_are_left_as_they_were() -> None:
     """Tracing keeps modes, gradients and hooks."""
     model = network("Norms").train()

@@ -363,6 +363,9 @@ def test_layers_are_traced_on_samples_of_the_data_set(tmp_path: Path, monkeypatc
     spec = specs.document(grid)
     (cell,) = expand.cells(load_spec(spec), spec)
     assert cell.layers == (("a", 0.5),)
+    masked = specs.document(grid | {"granularity": "weight", "layers": "a"})
+    (cell,) = expand.cells(load_spec(masked), masked)
+    assert expand.units_of(cell)["a"] == 6 * 2 * 9
 
 
 SHAPED = """
