@@ -307,15 +307,16 @@ class AsImage(nn.Module):
     def __init__(self, width: int, channels: int, side: int) -> None:
         super().__init__()
         self.wide, self.side = nn.Linear(width, channels * side * side), side
+        self.norm, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, 2 * channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.wide(x).view(x.shape[0], -1, self.side, self.side)
+        return self.conv(self.norm(self.wide(x).view(x.shape[0], -1, self.side, self.side)))
 
 
 class Recurrent(nn.Module):
     """A GRU or LSTM over tokens."""
 
-    def __init__(self, kind: type[nn.RNNBase], width: int, hidden: int) -> None:
+    def __init__(self, kind: type[nn.GRU] | type[nn.LSTM], width: int, hidden: int) -> None:
         super().__init__()
         self.rnn = kind(width, hidden, batch_first=True)
 
@@ -338,20 +339,22 @@ class Positions(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of several heads or one, written by hand."""
+    """Self-attention of several heads or one. Its scale is stored, or is computed from how many channels are left."""
 
-    def __init__(self, width: int, heads: int, fixed: bool, fused: bool) -> None:
+    def __init__(self, width: int, heads: int, fixed: bool, scale: str) -> None:
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
-        self.merge, self.parts, self.fused = nn.Linear(width, width), heads, fused
+        self.merge, self.parts = nn.Linear(width, width), heads
         self.each = width // heads if fixed else -1
+        self.how, self.scale = scale, (width // heads) ** -0.5
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (self._divided(layer(x)) for layer in (self.q, self.k, self.v))
-        if self.fused:
+        if self.how == "fused":
             made = F.scaled_dot_product_attention(q, k, v)
         else:
-            made = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v
+            scale = self.scale if self.how == "stored" else q.shape[-1] ** -0.5
+            made = (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v
         return x + self.merge(made if self.parts == 1 else made.transpose(1, 2).flatten(2))
 
     def _divided(self, x: torch.Tensor) -> torch.Tensor:
@@ -585,7 +588,9 @@ def _as_image(draw: Draw, shape: Shape) -> Made:
 
 def _attention(draw: Draw, shape: Shape) -> Made:
     heads = draw.choice((1, 1, 2))
-    return Attention(shape[-1], heads, draw.random() < 0.3, draw.random() < 0.5) if shape[-1] % heads == 0 else None
+    how = draw.choice(("stored", "computed", "fused"))
+    fits = heads == 1 or (shape[-1] % heads == 0 and shape[-1] > heads)
+    return Attention(shape[-1], heads, draw.random() < 0.3, how) if fits else None
 
 
 def _mlp(draw: Draw, shape: Shape) -> Made:
@@ -700,8 +705,8 @@ EVERY: Mapping[int, Steps] = {
 }
 """Rank of a tensor -> all operations."""
 
-FIXED = frozenset({"first three", "without the first", "fixed halves"})
-"""Operations that take channels at places that the code fixes: only some units, or none, can be removed before them."""
+TAKES_FIXED = frozenset({"first three", "without the first", "fixed halves", "shuffle", "channel shuffle"})
+"""Operations that divide channels at places, or into groups, that the code fixes: only some units, or none, can go."""
 
 LARGEST = 64
 """Channels of a tensor: concatenations and depthwise convolutions make no more."""
@@ -715,6 +720,11 @@ class Drawn:
     model: Network
     probe: torch.Tensor
     steps: tuple[str, ...]
+
+    @property
+    def takes_fixed(self) -> bool:
+        """Whether a forward pass divides channels at fixed places, which only a run without some of them shows."""
+        return not TAKES_FIXED.isdisjoint(step.partition(" (")[0] for step in self.steps)
 
     def __str__(self) -> str:
         return f"seed {self.seed}, input {list(self.probe.shape[1:])}: " + " > ".join(self.steps)

