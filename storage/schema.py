@@ -108,7 +108,7 @@ COLUMNS: dict[str, dict[str, tuple[pa.DataType, str]]] = {
         "error": (pa.string(), "its traceback"),
         "attempt": (pa.int32(), "1 for the first try"),
         "diverged": (pa.bool_(), "the loss left the finite numbers: a result, not a failure"),
-        "execution": (pa.string(), "back-end, threads, memory format, device, versions; `fallback`: why a slower back-end: JSON"),
+        "execution": (pa.string(), "back-end, threads, memory format, device, versions, why a slower back-end: JSON"),
         "device": (pa.string(), "where it ran"),
         "host": (pa.string(), "on which machine"),
         "seconds_prune": (pa.float64(), "pruning and measuring"),
