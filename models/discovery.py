@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -74,6 +75,7 @@ def prunable(model: nn.Module, example: torch.Tensor) -> Layers:
 def prunable_of(model: nn.Module, graph: Graph, example: Any) -> Layers:
     """Return what can be pruned of a network whose graph is known. One layer that cannot hides no other."""
     modules = dict(model.named_modules())
+    has_values = _has_values(model, example)
     inside = _inside_attention(model)
     units: dict[str, int] = {}
     sets: dict[str, Sets] = {}
@@ -83,7 +85,11 @@ def prunable_of(model: nn.Module, graph: Graph, example: Any) -> Layers:
     for name in graph.order:
         module: Any = modules[name]
         if (heads := getattr(module, "prunable_heads", None)) is not None:
-            units[name] = heads.count
+            one_by_one = tuple((head,) for head in range(heads.count))
+            if (problem := _cannot_go(model, name, one_by_one, graph, example, has_values)) is not None:
+                refused[name] = f"{name}: {problem}"
+            else:
+                units[name] = heads.count
             continue
         if not _is_layer(module) or name in inside:
             continue
@@ -98,7 +104,7 @@ def prunable_of(model: nn.Module, graph: Graph, example: Any) -> Layers:
         except ValueError as error:
             refused[name] = str(error)
             continue
-        if (problem := _taken_apart(model, name, found, graph, example)) is not None:
+        if (problem := _cannot_go(model, name, found, graph, example, has_values)) is not None:
             refused[name] = f"{name}: {problem}"
             continue
         (others if classes & covered else units)[name] = len(found)
@@ -108,22 +114,64 @@ def prunable_of(model: nn.Module, graph: Graph, example: Any) -> Layers:
     return Layers(units, sets, others, refused)
 
 
-def _taken_apart(model: nn.Module, layer: str, sets: Sets, graph: Graph, example: Any) -> str | None:
-    """Why a layer whose channels are taken apart on the way cannot lose a unit; None where it can. A forward pass may
-    do so at places that it computes, or at places that it fixes: only a run shows it."""
+SMALL = 5_000_000
+"""Parameters of a network of which removals from every layer are tried with values."""
+
+
+def _has_values(model: nn.Module, example: Any) -> bool:
+    """Whether it can be looked at what smaller networks compute: not on no device, not of a large network, and not
+    where two runs differ, which preflight reports."""
     import torch
 
+    if example.device.type == "meta" or sum(p.numel() for p in model.parameters()) > SMALL:
+        return False
+    with torch.no_grad():
+        first, second = model.eval()(example), model(example)
+    return isinstance(first, torch.Tensor) and torch.equal(first, second)
+
+
+def _cannot_go(model: nn.Module, layer: str, sets: Sets, graph: Graph, example: Any, has_values: bool) -> str | None:
+    """Why a layer cannot lose units as the labels say that it can; None where it can.
+
+    A forward pass may take channels apart at places that it computes, or at places that it fixes: only a run of a
+    smaller network shows which. What that computes is looked at where the network has values and is small.
+    """
+    place = graph.divided_at(layer) if layer in graph.outputs else None
+    if place is None and not has_values:
+        return None
+    some = random.Random(0).sample(sets, len(sets) // 2)
+    for chosen in ((sets[0],), (sets[-1],), some):
+        channels = tuple(sorted(channel for unit in chosen for channel in unit))
+        if (said := _fault(model, {layer: channels}, graph, example, has_values)) is not None:
+            fixed = f"the forward pass ({place}) divides its channels at fixed places: " if place else ""
+            return fixed + said
+    return None
+
+
+def _fault(
+    model: nn.Module, removed: dict[str, tuple[int, ...]], graph: Graph, example: Any, has_values: bool
+) -> str | None:
+    """What goes wrong without these channels; None where nothing does, or where their number alone is in the way."""
+    import torch
+
+    from pruners.equivalence import LIMIT, equivalence
     from pruners.surgery import prune
 
-    if (place := graph.divided_at(layer)) is None:
+    try:
+        pruned = prune(model, removed, example, graph=graph)
+    except ValueError:  # such as a number that does not divide into the groups of a norm
         return None
     try:
-        pruned = prune(model, {layer: sets[-1]}, example, graph=graph)
         with torch.no_grad():
             pruned.eval()(example)
     except Exception as error:  # of the network's own code once it is smaller
         said = str(error).partition("\n")[0]
-        return f"the forward pass ({place}) divides its channels at fixed places: {type(error).__name__}: {said}"
+        return f"without some of them it cannot be run: {type(error).__name__}: {said}"
+    if not has_values:
+        return None
+    found = equivalence(model, pruned, removed, torch.randn_like(example), graph.partners(removed))
+    if found.error is not None and not found.error <= LIMIT:
+        return found.reason or "without some of them it computes something else than with them silenced"
     return None
 
 

@@ -259,7 +259,8 @@ def _build_and(
 
     problems: dict[Shape, str] = {}
     for known in [shape] if shape is not None else _usual_shapes(name):
-        for device in ("meta", "cpu"):
+        # A user's network is small enough to be looked at with values, which shows more.
+        for device in ("cpu",) if usercode.is_code(name) else ("meta", "cpu"):
             try:
                 with torch.random.fork_rng(devices=[]), torch.device(device):
                     model = build_model(name, classes or discovery.CLASSES, known)

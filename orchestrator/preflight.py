@@ -161,7 +161,7 @@ def problems_of(subject: Subject) -> Iterator[str]:
     a worker would do it."""
     import torch
 
-    from workers.rehearsal import check_saved
+    from workers.rehearsal import check_parameters, check_saved
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -171,6 +171,7 @@ def problems_of(subject: Subject) -> Iterator[str]:
                 load_weights(model, subject.model, subject.weights)
             probe = torch.randn(SAMPLES, *subject.shape)
             check_forward(model, probe, subject.classes)
+            check_parameters(model)
             check_saved(model, subject.model, subject.classes, subject.shape, probe)
         except ValueError as error:
             yield f"{subject.model}: {_without_name(subject.model, error)}"
@@ -351,7 +352,7 @@ def prune_together(
     if made.shape != _run(model, probe).shape:
         raise ValueError(f"pruned, its output is {list(made.shape)}")
     if found.error is not None and not found.error <= LIMIT:
-        said = f"relative difference {found.error:.2g}, limit {LIMIT}"
+        said = found.reason or f"relative difference {found.error:.2g}, limit {LIMIT}"
         raise ValueError(f"pruned, it does not compute what it does with these units silenced ({said})")
     if name is not None:
         rehearse(pruned, name, made.shape[1], tuple(probe.shape[1:]), removed, probe)  # type: ignore[arg-type]

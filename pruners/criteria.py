@@ -307,12 +307,18 @@ def _scored(library: str, group: Any, units: int) -> Importance:
     return checked(scorer._normalize(found[:units], normalizer), units)
 
 
+def _contiguous(_: Any, inputs: Any) -> Any:
+    return tuple(one.contiguous() if hasattr(one, "contiguous") else one for one in inputs)
+
+
 def activations_of(model: nn.Module, samples: Batches) -> dict[str, torch.Tensor]:
     """What torch-pruning's activation importance looks at, by module: the absolute inputs of each channel, summed
     over the samples by a fully connected layer, their mean by a convolution."""
     import torch
 
     scorer = _torch_pruning().pruner.importance.ActivationImportance()
+    for module in model.modules():
+        module.register_forward_pre_hook(_contiguous)  # the library's hook takes views of them
     sums: dict[str, torch.Tensor] = {}
     seen = 0
     model.eval()

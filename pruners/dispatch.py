@@ -22,6 +22,15 @@ def name_of(func: Any) -> str:
     return str(func._schema.name).removeprefix("aten::")
 
 
+def is_pointwise(func: Any) -> bool:
+    """Return whether an operation works element by element, by torch's own tag; of one in place, the other form's."""
+    if torch.Tag.pointwise in func.tags:
+        return True
+    found = getattr(torch.ops.aten, name_of(func).removesuffix("_"), None)
+    overloads = [getattr(found, name) for name in found.overloads()] if found is not None else []
+    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
+
+
 def shapes_of(network: nn.Module, example: Any) -> tuple[Any, ...]:
     """Return the shapes of a network's tensors and of every activation on `example`: networks with equal shapes have
     equal numbers of parameters and multiply-adds."""

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pruners.dispatch import Operations, name_of
+from pruners.dispatch import Operations, is_pointwise, name_of
+from pruners.labels import tensors_in
 from pruners.surgery import Units
 
 LIMIT = 1e-9
@@ -31,21 +32,17 @@ class NoReference(Exception):
     """Why no masked network can be built."""
 
 
+class NotRead(Exception):
+    """Nothing was seen to read the removed units: what is computed of them hides them."""
+
+
 class _OtherCalls(Exception):
     """The network calls other operations than were observed."""
 
 
-class _OverGroups(Exception):
-    """A group norm, of this weight, takes its statistics over removed units and others."""
-
-    def __init__(self, weight: torch.Tensor | None) -> None:
-        super().__init__()
-        self.weight = weight
-
-
 @dataclass(frozen=True)
 class Equivalence:
-    """Relative difference between the compact and the masked network, or the reason for none."""
+    """Relative difference between the compact and the masked network, and the reason where it is null or infinite."""
 
     error: float | None
     reason: str | None = None
@@ -61,13 +58,15 @@ def equivalence(
     The error is null, with the reason, where no masked network can be built.
     """
     samples = _double(probe)
-    reference = copy.deepcopy(dense).double().eval()
-    with torch.no_grad(), _no_fast_path():
-        got = _logits(copy.deepcopy(compact).double().eval()(samples))
+    reference, pruned = copy.deepcopy(dense).double().eval(), copy.deepcopy(compact).double().eval()
+    with torch.no_grad(), _in_float64():
+        got = _logits(pruned(samples))
         try:
             return Equivalence(_compared(got, reference, removed, samples, partners or {}, OBSERVED_SAMPLES))
         except NoReference as error:
             return Equivalence(None, str(error))
+        except NotRead as error:
+            return Equivalence(float("inf"), str(error))
         except _OtherCalls:  # a network that does not call the same operations for every number of samples
             return Equivalence(_compared(got, reference, removed, samples, partners or {}, PROBE_SAMPLES))
 
@@ -109,14 +108,34 @@ def _first(probe: Any, n: int) -> Any:
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Attention step by step, as it is in training."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+def _in_float64() -> Iterator[None]:
+    """Compute in float64 also where a network asks for float32; attention step by step, as it is in training."""
+    fast, default = torch.backends.mha.get_fastpath_enabled(), torch.get_default_dtype()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_default_dtype(torch.float64)
     try:
-        yield
+        with _Float64():
+            yield
     finally:
+        torch.set_default_dtype(default)
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _Float64(Operations):
+    """Makes every float32 tensor that an operation is given, or is to make, one of float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*_doubled(args), **_doubled(kwargs or {}))
+
+
+def _doubled(given: Any) -> Any:
+    if isinstance(given, torch.Tensor):
+        return given.double() if given.dtype == torch.float32 else given
+    if isinstance(given, tuple | list):
+        return type(given)(_doubled(one) for one in given)
+    if isinstance(given, dict):
+        return {name: _doubled(one) for name, one in given.items()}
+    return torch.float64 if given is torch.float32 else given
 
 
 # -- what belongs to the units -----------------------------------------------------------------------
@@ -131,7 +150,7 @@ class Part:
 
 
 Parts = dict[int, Part]
-"""Position of an input among an operation's tensors -> what of it belongs to the removed units."""
+"""Factor of a product (0 or 1), or 0 of what a norm or a sum is over -> what of it belongs to the removed units."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +188,7 @@ class _Silencer:
         """Silence these units. Raises NoReference where nothing reads them."""
         found = self._observed(units)
         if not any(found):
-            raise NoReference("no layer reads the removed units")
+            raise NotRead("no operation was seen to read the removed units")
         self._take(found)
 
     def add_partners(self, partners: Units, each_alone: bool) -> bool:
@@ -193,14 +212,6 @@ class _Silencer:
 
     def _observed(self, units: Units) -> list[Parts]:
         weights = {_weight_key(_own(self._model, layer)): tuple(own) for layer, own in units.items()}
-        try:
-            return self._observed_with(units, weights)
-        except _OverGroups as error:
-            name = next((n for n, p in self._model.named_parameters() if p is error.weight), "a group norm")
-            said = f"{name.removesuffix('.weight')} takes statistics over groups, which the removed units change"
-            raise NoReference(said) from None
-
-    def _observed_with(self, units: Units, weights: dict[tuple[Any, ...], tuple[int, ...]]) -> list[Parts]:
         while True:
             with _disturbed(self._model, units), _Observed(self._calls, weights) as seen:
                 self._model(self._samples)
@@ -332,6 +343,8 @@ _SUMS = (
     "var",
     "std",
     "var_mean",
+    "std_mean",
+    "nansum",
     "linalg_vector_norm",
     "logsumexp",
 )
@@ -381,39 +394,38 @@ class _Observed(Operations):
         if kind is None:
             if name_of(func) in ("constant_pad_nd", "cat"):
                 output = _beside_spoilt(args[0], output)
-            return self._through_conditions(args, output)
+            return self._kept_visible(func, args, output)
         call = self._calls[len(self.parts)]
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        changed = [t.isnan() if t.is_floating_point() else torch.zeros_like(t, dtype=torch.bool) for t in tensors]
         if kind == "weights":
-            self.parts.append(_read_parts(func, args, tensors, changed))
+            self.parts.append(_read_parts(func, args))
             output = _as_returned(output, call.outputs) if self.parts[-1] else output
             return self._tied(func, args, output)
-        self.parts.append(_norm_parts(func, args, changed[0]))
-        if not self.parts[-1]:
+        changed = self._spoilt(args[0])
+        self.parts.append(_norm_parts(func, args, changed) if changed is not None else {})
+        if not self.parts[-1] or changed is None:
             return output
-        if call.outputs[0].shape != tensors[0].shape:
+        if call.outputs[0].shape != args[0].shape:
             return _as_returned(output, call.outputs)
         # A norm gives the removed channels too, and they are still theirs.
-        spoilt = call.outputs[0].masked_fill(changed[0], float("nan"))
+        spoilt = call.outputs[0].masked_fill(changed, float("nan"))
         return _as_returned(output, [spoilt, *call.outputs[1:]])
 
-    def _through_conditions(self, args: Any, output: Any) -> Any:
-        """A comparison of no number is false, and hides it: what is chosen by one is not a number either."""
-        if isinstance(output, torch.Tensor) and output.dtype == torch.bool:
-            spoilt = [self._spoilt(a) for a in args if isinstance(a, torch.Tensor)]
-            spoilt = [one for one in spoilt if one is not None and one.any()]
-            if spoilt:
-                mask = spoilt[0].broadcast_to(output.shape) if spoilt[0].numel() in (1, output.numel()) else spoilt[0]
-                for one in spoilt[1:]:
-                    mask = mask | one
-                self._spoilt_masks[id(output)] = (output, mask)
+    def _kept_visible(self, func: Any, args: Any, output: Any) -> Any:
+        """What is computed element by element from no number may be one, such as a comparison, a sign or a cast to
+        whole numbers: it counts as none all the same."""
+        if not isinstance(output, torch.Tensor) or not (is_pointwise(func) or name_of(func) == "_to_copy"):
             return output
-        masks = [found[1] for a in args if isinstance(a, torch.Tensor) and (found := self._spoilt_masks.get(id(a)))]
-        if masks and isinstance(output, torch.Tensor) and output.is_floating_point():
-            for mask in masks:
-                output = output.masked_fill(mask, float("nan"))
-        return output
+        spoilt = [found for a in tensors_in(args) if (found := self._spoilt(a)) is not None and found.any()]
+        if not spoilt:
+            return output
+        mask = torch.zeros_like(output, dtype=torch.bool)
+        for one in spoilt:
+            mask = mask | one
+        if not output.is_floating_point():
+            self._spoilt_masks[id(output)] = (output, mask)
+            return output
+        is_in_place = output is args[0]
+        return output.masked_fill_(mask, float("nan")) if is_in_place else output.masked_fill(mask, float("nan"))
 
     def _spoilt(self, tensor: torch.Tensor) -> torch.Tensor | None:
         if tensor.is_floating_point():
@@ -461,21 +473,20 @@ def _is_constant(changed: torch.Tensor, dim: int) -> bool:
     return bool((changed == changed.narrow(dim, 0, 1)).all())
 
 
-def _read_parts(func: Any, args: Any, tensors: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> Parts:
+def _read_parts(func: Any, args: Any) -> Parts:
     """What a product sums over of the disturbed units; rows that are disturbed as a whole go through it."""
     name = name_of(func)
     if name == "convolution" and args[8] > 1:  # each channel for itself: it goes on as one
         return {}
     parts: Parts = {}
-    for argument, dim in _CONTRACTIONS[name]:
-        position = next(i for i, t in enumerate(tensors) if t is args[argument])
-        differs = changed[position]
+    for factor, (argument, dim) in enumerate(_CONTRACTIONS[name]):
+        differs = args[argument].isnan()
         if not differs.any():
             continue
         is_whole = _is_constant(differs, dim % differs.ndim)
         if is_whole and (name != "convolution" or not _all_samples(differs)):
             continue
-        parts[position] = Part(dim % differs.ndim, tuple(_along(differs, dim)))
+        parts[factor] = Part(dim, tuple(_along(differs, dim)))
     return parts
 
 
@@ -490,8 +501,6 @@ def _norm_parts(func: Any, args: Any, changed: torch.Tensor) -> Parts:
     along = [dim for dim in dims if changed.any() and not _is_constant(changed, dim)]
     if not along:
         return {}
-    if name == "native_group_norm" and args[6] > 1:
-        raise _OverGroups(args[1])
     wide = [dim for dim in along if _whole_slices(changed, dim)]
     if not wide and name in _SUMS:  # such as the larger of two channels: it goes with either of them
         return {}
@@ -545,11 +554,11 @@ class _Masked(Operations):
         parts = self._next(name_of(func)) if kind is not None else {}
         if not parts:
             return func(*args, **(kwargs or {}))
-        tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
         given = list(args)
         if kind == "weights":
-            for position, part in parts.items():
-                given[tensors[position]] = _zeroed(given[tensors[position]], part)
+            for factor, part in parts.items():
+                at = _CONTRACTIONS[name_of(func)][factor][0]
+                given[at] = _zeroed(given[at], part)
             return func(*given, **(kwargs or {}))
         return _on_kept(func, given, kwargs or {}, parts[0])
 
@@ -570,6 +579,8 @@ def _on_kept(func: Any, args: list[Any], kwargs: Mapping[str, Any], part: Part) 
         for at in (2, 3):
             args[at] = None if args[at] is None else args[at].index_select(own, kept)
     elif name == "native_group_norm":
+        if len(kept) % args[6]:
+            raise NoReference(f"the channels that are left do not divide into the {args[6]} groups of a norm")
         args[4] = len(kept)
         for at in (1, 2):
             args[at] = None if args[at] is None else args[at].index_select(0, kept)

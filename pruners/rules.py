@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pruners.dispatch import name_of
+from pruners.dispatch import is_pointwise, name_of
 from pruners.labels import FIXED, FIXED_REASON, Axis, Labels, compressed, tensors_in, varies
 
 
@@ -54,7 +54,7 @@ def follow(labels: Labels, call: Call) -> None:
     name = call.name if call.name in RULES else call.name.removesuffix("_")
     if name in RULES:
         RULES[name](labels, call)
-    elif _is_pointwise(call.func, name):
+    elif is_pointwise(call.func):
         joined(labels, call)
     elif any(labels.of(tensor).axes for tensor in call.inputs):
         raise CannotFollow(f"its units go through {name}, which cannot be followed")
@@ -65,14 +65,6 @@ def follow(labels: Labels, call: Call) -> None:
     is_in_place = call.name.endswith("_") and not call.name.startswith("_")
     if is_in_place and isinstance(call.args[0], torch.Tensor) and call.args[0] is not call.output:
         labels.set(call.args[0], labels.of(call.output).axes)
-
-
-def _is_pointwise(func: Any, name: str) -> bool:
-    if torch.Tag.pointwise in func.tags:
-        return True
-    out_of_place = getattr(torch.ops.aten, name, None)
-    overloads = [getattr(out_of_place, o) for o in out_of_place.overloads()] if out_of_place is not None else []
-    return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 def _full(axis: Axis, shape: Sequence[int]) -> Axis:
@@ -181,7 +173,8 @@ def _foreign(labels: Labels, call: Call) -> None:
     target, source = call.args[0], call.args[1]
     if not isinstance(source, torch.Tensor) or not (labels.of(source).axes or labels.of(target).axes):
         return
-    if target.shape == source.shape and labels.of(target).free and labels.name_of(target) is None:
+    is_whole = target.untyped_storage().nbytes() == target.numel() * target.element_size()
+    if is_whole and target.shape == source.shape and labels.of(target).free and labels.name_of(target) is None:
         labels.set(target, labels.of(source).axes)
         return
     raise CannotFollow("its units are written into a part of another tensor in place")

@@ -139,6 +139,21 @@ def test_a_float32_step_is_eagers_to_rounding() -> None:
     gate()
 
 
+def two_layers(kind: str) -> nn.Module:
+    """A chain of fully connected layers of which something is not as usual."""
+    first, second = nn.Linear(1024, 10), nn.Linear(10, 10)
+    if kind == "twice":
+        return nn.Sequential(nn.Flatten(), first, second, second)
+    made = nn.Sequential(nn.Flatten(), first, second)
+    if kind == "frozen":
+        first.requires_grad_(False)
+    elif kind == "unused":
+        made.register_parameter("more", nn.Parameter(torch.zeros(3)))
+    else:
+        second.bias = first.bias
+    return made
+
+
 def test_nan_is_seen() -> None:
     """A network whose weights left the finite has a loss that is none, as in torch: it never looks recovered."""
     for where, value in (("conv1.weight", math.nan), ("fc2.bias", math.inf), ("conv2.bias", math.nan)):
@@ -159,6 +174,10 @@ def test_nan_is_seen() -> None:
         (lambda: nn.Sequential(nn.Conv2d(1, 2, 7), nn.Flatten(), nn.Linear(2 * 26 * 26, 10)), "a kernel of 7"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), nn.Tanh()), "Tanh"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10), nn.ReLU()), "does not end with"),
+        (lambda: two_layers("frozen"), "some of its parameters are frozen"),
+        (lambda: two_layers("unused"), "parameters that its forward pass does not use"),
+        (lambda: two_layers("shared"), "1 and 2 share a parameter"),
+        (lambda: two_layers("twice"), "a layer runs twice"),
     ],
 )
 def test_what_is_no_chain_says_why(model: Any, why: str) -> None:

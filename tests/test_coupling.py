@@ -40,6 +40,7 @@ EXPECTED = {
     "Maxout": Expected({"a": (8, 3)} | PLAIN_B),
     "Mirrored": Expected({"a": (4, 2)} | PLAIN_B),
     "FixedSlices": Expected(PLAIN_B, {"a": "divides its channels at fixed places"}),
+    "FixedPart": Expected({"part": (4, 1)} | PLAIN_B, {"a": "at fixed places: without some of them it cannot be run"}),
     "ChannelShuffle": Expected(PLAIN_B, {"a": "a reshape divides its channels into 2 x 8"}),
     "PixelShuffle": Expected(PLAIN_B, {"a": "its units go through pixel_shuffle"}),
     "OneChannelMap": Expected({"a": (16, 1)} | PLAIN_B),
@@ -213,6 +214,121 @@ def test_branches_that_are_added_lose_the_same_units() -> None:
     assert graph.partners({"one": (2, 6)})["two"] == [2, 6]
     error = equivalence(model, pruned, {"one": (2, 6)}, probe(), graph.partners({"one": (2, 6)})).error
     assert error is not None and error <= LIMIT
+
+
+class Signs(unusual_networks.Net):
+    """A sign hides what is not a number; behind it channels are scaled by their places."""
+
+    widths = (16, 16)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.sign(x)
+        return torch.cat([x[:, :4] * 2, x[:, 4:]], 1)
+
+
+class GroupsByPlace(unusual_networks.Net):
+    """A norm over groups, then a factor for each place among the channels."""
+
+    widths = (16, 16)
+
+    def make(self) -> None:
+        self.norm = nn.GroupNorm(4, 16)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) * torch.linspace(0.5, 2, x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)
+
+
+class TwoBranches(unusual_networks.Net):
+    """Each half of the channels goes through a convolution of its own: the halves stay equal for some candidates."""
+
+    widths = (16, 8)
+
+    def make(self) -> None:
+        self.other = unusual_networks.conv(8, 12, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = self.a(x).chunk(2, 1)
+        return self.head((self.b(one) + self.other(two)).relu().mean((2, 3)))
+
+
+class PartRolled(unusual_networks.Net):
+    """The first half of the channels is numbered anew."""
+
+    widths = (16, 16)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        half = x.shape[1] // 2
+        return torch.cat([x[:, :half].roll(1, 2).roll(1, 1), x[:, half:]], 1)
+
+
+@pytest.mark.parametrize("kind", [Signs, GroupsByPlace, TwoBranches, PartRolled])
+def test_layers_whose_places_count_are_refused(kind: type[nn.Module]) -> None:
+    """Where what a channel does depends on its place, no candidate is accepted because the check looked away."""
+    model = kind().eval()
+    layers, graph = found_in(model)
+    assert "a" in layers.refused and list(layers.units) == ["b"]
+    if kind in (Signs, GroupsByPlace):
+        pruned = prune(model, {"a": (2, 3, 10, 12)}, probe(1), graph=graph)
+        error = equivalence(model, pruned, {"a": (2, 3, 10, 12)}, probe()).error
+        assert error is not None and error > LIMIT
+
+
+class Float32(unusual_networks.Net):
+    """A root-mean-square norm in float32, as language models have it; a kernel that is a plain tensor."""
+
+    widths = (16, 16)
+
+    def make(self) -> None:
+        self.kernel = torch.full((1, 1, 3, 3), 1 / 9)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        y = (y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-6)).to(x.dtype)
+        return y * torch.sigmoid(nn.functional.conv2d(y.mean(1, keepdim=True), self.kernel, padding=1))
+
+
+class OneLinearOverAndOver(nn.Module):
+    """A fully connected layer, with and without its bias, runs in a loop; statistics by std_mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.linear, self.head = nn.Conv2d(1, 16, 8, 8), nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).flatten(2).transpose(1, 2)
+        for _ in range(2):
+            x = x + self.linear(x).relu() + (x @ self.linear.weight.t()).tanh()
+        std, mean = torch.std_mean(x, -1, keepdim=True)
+        return self.head(((x - mean) / (std + 1)).mean(1))
+
+
+class Hiding(unusual_networks.Net):
+    """Operations that make numbers of what is not a number."""
+
+    widths = (16, 16)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.fmax(torch.nan_to_num(x), torch.zeros_like(x) - 0.5)
+        return x + (x * 8).to(torch.int32).to(x.dtype) + torch.sign(x)
+
+
+@pytest.mark.parametrize("kind", [Float32, OneLinearOverAndOver, Hiding])
+def test_the_check_raises_no_false_alarm(kind: type[nn.Module]) -> None:
+    """What can be pruned is compared, whatever the network computes on the way."""
+    model = kind().eval()
+    layers, graph = found_in(model)
+    removed = {"a": (2, 3, 10, 12)}
+    assert "a" in layers.units
+    pruned = prune(model, removed, probe(1), graph=graph)
+    error = equivalence(model, pruned, removed, probe(), graph.partners(removed)).error
+    assert error is not None and error <= LIMIT
+
+
+def test_attention_is_counted() -> None:
+    """Multiply-adds of attention count as they are computed in training, not as one kernel that counts nothing."""
+    model = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True).eval()
+    expected = 64 * (4 * 16 * 16 + 2 * 16 * 24) + 2 * 64 * 64 * 16
+    assert count(model, torch.zeros(1, 64, 16))[1] == expected
 
 
 def test_channels_that_all_hang_together_are_refused() -> None:

@@ -252,3 +252,20 @@ def test_names_of_pruners_and_schedules() -> None:
     for wrong in ("iterative", "iterative-1", "iterative-x", "twice"):
         with pytest.raises(ValueError, match="one-shot, iterative-N"):
             steps_of(wrong)
+
+
+def test_activations_of_inputs_that_are_not_contiguous() -> None:
+    """A transposed feature map is what a fully connected layer reads in attention written by hand."""
+
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x).flatten(2).transpose(1, 2)).mean(1)
+
+    model, images = Transposed().eval(), torch.randn(6, 1, 5, 5)
+    found = activations_of(model, [(images, torch.zeros(6, dtype=torch.long))])["two"]
+    expected = model.one(images).detach().abs().sum((0, 2, 3))
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-4)

@@ -143,6 +143,32 @@ class Outside(Net):
     assert "some of its state is not in its state dict" in problem
 
 
+def test_weights_that_share_memory_or_carry_masks_are_refused(nets: str) -> None:
+    """Two Parameters over one memory would drift apart in a copy; a mask of torch's own would be taken for ours."""
+    with Path(f"{nets}.py").open("a") as file:
+        file.write("""
+from torch.nn.utils import prune
+
+def made():
+    layers = [nn.Conv2d(1, 8, 4, 4), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(512, 10))
+
+def memory(classes):
+    net = made()
+    net[2].weight = nn.Parameter(net[1].weight)
+    return net
+
+def masked(classes):
+    net = made()
+    prune.l1_unstructured(net[1], "weight", 0.3)
+    return net
+""")
+    (problem,) = preflight([cell(f"{nets}:memory", {"0": 0.5})], None)
+    assert "1.weight and 2.weight are two Parameters that share memory" in problem
+    (problem,) = preflight([cell(f"{nets}:masked", {"2": 0.5})], None)
+    assert "1: it carries a mask of torch.nn.utils.prune" in problem
+
+
 def test_masks_of_a_shared_weight_are_refused(nets: str) -> None:
     """A mask in one layer would have no effect in the other: both are named."""
     with Path(f"{nets}.py").open("a") as file:

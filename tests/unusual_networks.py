@@ -5,6 +5,8 @@ Each is called as `build(classes, shape)`. tests/test_coupling.py says what can 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -77,6 +79,18 @@ class Mirrored(Net):
 class FixedSlices(Net):
     def between(self, x: torch.Tensor) -> torch.Tensor:
         return torch.maximum(x[:, :8], x[:, 8:])
+
+
+class FixedPart(Net):
+    """The first channels alone go through a layer of their own; the sizes agree without some of them, too."""
+
+    widths = (16, 16)
+
+    def make(self) -> None:
+        self.part = conv(4, 4)
+
+    def between(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.part(x[:, :4]), x[:, 4:]], 1)
 
 
 class ChannelShuffle(Net):
@@ -233,7 +247,7 @@ class LinearImage(nn.Module):
 class Recurrent(nn.Module):
     """Columns of a feature map go through a recurrent layer."""
 
-    kind: type[nn.RNNBase] = nn.GRU
+    kind: Any = nn.GRU
 
     def __init__(self, classes: int = 10, shape: tuple[int, ...] = (1, 32, 32)) -> None:
         super().__init__()

@@ -66,14 +66,20 @@ def chain_of(network: nn.Module, shape: Sequence[int]) -> list[Link]:
         if node.op == "output":
             break
         at = _follow(links, at, network, node)
-    _check_shared(links, network)
+    _check_parameters(links, network)
     if not links or at[1:] != (1, 1) or links[-1].relu or links[-1].pool:
         raise NotAChain("it does not end with a layer that gives logits")
     return links
 
 
-def _check_shared(links: list[Link], network: nn.Module) -> None:
-    """Raise NotAChain where two layers have a parameter in common: compiled code would hold it twice."""
+def _check_parameters(links: list[Link], network: nn.Module) -> None:
+    """Raise NotAChain where compiled code would train other parameters than a network has: one in two layers would be
+    held twice, and frozen ones would be trained."""
+    if not all(parameter.requires_grad for parameter in network.parameters()):
+        raise NotAChain("some of its parameters are frozen")
+    of_links = {id(p) for link in links for p in network.get_submodule(link.layer).parameters()}
+    if any(id(parameter) not in of_links for parameter in network.parameters()):
+        raise NotAChain("it has parameters that its forward pass does not use")
     seen: dict[int, str] = {}
     for link in links:
         for parameter in network.get_submodule(link.layer).parameters():

@@ -85,7 +85,8 @@ def _cut(task: Task, start: Start, worker: Worker) -> Pruned:
         partners = graph.partners(now) if graph is not None else None
         found = equivalence(start.network, network, now, probe(train, PROBE_SAMPLES), partners) if now else _NOTHING
     if cell.propagation == "exact" and found.error is not None and not found.error <= LIMIT:
-        raise NotEquivalent(f"relative difference {found.error:.3g} to the masked network, limit {LIMIT}")
+        said = found.reason or f"relative difference {found.error:.3g} to the masked network, limit {LIMIT}"
+        raise NotEquivalent(said)
     return _with_units(task, network, removed, found, start.dense, worker)
 
 

@@ -20,6 +20,27 @@ if TYPE_CHECKING:
 LR = 1e-3
 
 
+def check_parameters(model: nn.Module) -> None:
+    """Raise ValueError for parameters that would not be, in a copy, what they are here: two that share memory, and
+    weights that carry a mask of torch's own."""
+    from torch.nn.utils import prune as torch_prune
+
+    for name, module in model.named_modules():
+        if any(isinstance(hook, torch_prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            said = "it carries a mask of torch.nn.utils.prune"
+            raise ValueError(
+                f"{name}: {said}; call torch.nn.utils.prune.remove in the function that builds the network"
+            )
+    seen: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        other, known = seen.setdefault(parameter.data_ptr(), (name, parameter))
+        if known is not parameter and parameter.numel():
+            raise ValueError(
+                f"{other} and {name} are two Parameters that share memory, which a copy of the network would not; "
+                "assign one and the same Parameter to both modules"
+            )
+
+
 def check_saved(model: nn.Module, name: str, classes: int, shape: tuple[int, int, int], probe: torch.Tensor) -> None:
     """Raise ValueError unless the network, built anew with the weights of `model`, computes what `model` does."""
     from safetensors.torch import load
@@ -47,7 +68,7 @@ def rehearse(
     labels = torch.arange(len(probe)) % classes
     try:
         with torch.enable_grad():
-            pruned.train().requires_grad_(True)
+            pruned.train()
             cross_entropy(pruned(probe), labels).backward()
         with torch.no_grad():
             for parameter in pruned.parameters():

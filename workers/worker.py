@@ -567,10 +567,15 @@ def count(network: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    # The counter hooks gradients, and fails on a parameter that is a module's input (a class token).
-    frozen = copy.deepcopy(network).requires_grad_(False)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        frozen(example)
+    # The counter hooks gradients, and fails on a parameter that is a module's input (a class token). It does not know
+    # the one kernel that attention is in eval mode.
+    frozen, fast = copy.deepcopy(network).requires_grad_(False), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            frozen(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops() // 2
 
 
