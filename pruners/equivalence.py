@@ -170,7 +170,7 @@ class _Silencer:
 
     def __init__(self, model: nn.Module, samples: Any) -> None:
         self._model, self._samples = model, samples
-        plain = _Recorded()
+        plain = _Recorded({parameter.data_ptr() for parameter in model.parameters()})
         with plain:
             model(samples)
         self._calls = plain.calls
@@ -185,7 +185,7 @@ class _Silencer:
         return self._parts
 
     def add(self, units: Units) -> None:
-        """Silence these units. Raises NoReference where nothing reads them."""
+        """Silence these units. Raises NotRead where nothing is seen to read them."""
         found = self._observed(units)
         if not any(found):
             raise NotRead("no operation was seen to read the removed units")
@@ -352,16 +352,21 @@ _STATISTICS = ("native_layer_norm", "native_group_norm", "_softmax", "_log_softm
 
 
 class _Recorded(Operations):
-    """Keeps the outputs of what reads channels, and which weights it reads them with."""
+    """Keeps the outputs of what reads channels, and which weights it reads them with.
 
-    def __init__(self) -> None:
+    `parameters` are the addresses of the network's: those of activations are used again and again.
+    """
+
+    def __init__(self, parameters: set[int]) -> None:
         super().__init__()
+        self._parameters = parameters
         self.calls: list[_Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if (kind := _kind(func)) is not None:
-            key = _weight_key(args[_weight_at(func)]) if kind == "weights" else ()
+            weight = args[_weight_at(func)] if kind == "weights" else None
+            key = _weight_key(weight) if weight is not None and weight.data_ptr() in self._parameters else ()
             self.calls.append(_Call(name_of(func), key, [t.clone() for t in _outputs(output)]))
         return output
 

@@ -302,6 +302,32 @@ class OneLinearOverAndOver(nn.Module):
         return self.head(((x - mean) / (std + 1)).mean(1))
 
 
+class TwoAttentions(nn.Module):
+    """Two blocks of attention of one head and one size: their products may lie at one address after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Conv2d(1, 24, 8, 8), nn.Linear(24, 10)
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(24, 24) for _ in range(3)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            q, k, v = (layer(x) for layer in block)  # type: ignore[union-attr]
+            x = x + (q @ k.transpose(1, 2) / 5).softmax(-1) @ v
+        return self.head(x.mean(1))
+
+
+def test_activations_at_one_address_are_not_one_weight() -> None:
+    """Queries of the first block alone are silenced."""
+    model = TwoAttentions().eval()
+    graph = traced(model, probe(1))
+    removed = {"blocks.0.0": (1, 5)}
+    pruned = prune(model, removed, probe(1), graph=graph)
+    error = equivalence(model, pruned, removed, probe(), graph.partners(removed)).error
+    assert error is not None and error <= LIMIT
+
+
 class Hiding(unusual_networks.Net):
     """Operations that make numbers of what is not a number."""
 
