@@ -573,3 +573,15 @@ def test_the_page_on_figures_shows_each_kind_by_a_command() -> None:
     files = {f"figures/{one['output']}" for one in parsed}
     assert files == set(re.findall(r"!\[[\w-]+\]\(([^)]+)\)", text))
     assert all((folder / file).stat().st_size < 200_000 for file in files)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dollar_in_a_name_is_text(kind: str, tmp_path: Path) -> None:
+    """A folder may be called so: the figure is written, and shows the name as it is."""
+    from dataclasses import replace as changed
+
+    name = "imagefolder:cost$ in_{$"
+    named = [changed(cell, dense=changed(cell.dense, dataset=name)) for cell in cells(("conv1", "conv2"), (0.2, 0.5))]
+    for figure in draw(kind, made(named, n=6)):
+        with look.style():
+            figure.savefig(tmp_path / "figure.png")

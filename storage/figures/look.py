@@ -49,6 +49,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.unicode_minus": True,
+    "text.parse_math": False,  # names are text, also with a $ in them
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
     "svg.hashsalt": "prunesweep",
