@@ -32,7 +32,7 @@ HEADS, PROJECTIONS = ("num_heads", "n_heads", "heads"), ("proj", "out_proj", "me
 
 
 def remembered(key: Sequence[str]) -> Any:
-    """What was found before under `key`; None where there is nothing."""
+    """Return what was found before under `key`; None where there is nothing."""
     try:
         return json.loads(_note(key).read_text())
     except (OSError, ValueError):
@@ -57,7 +57,7 @@ def _note(key: Sequence[str]) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / "layers"
     here, there = Path(__file__).parent, Path(str(pruners.__file__)).parent
     files = [here / name for name in ("discovery.py", "layers.py", "attention.py", "library.py")]
-    files += [there / name for name in ("coupling.py", "dispatch.py", "labels.py", "rules.py", "tracing.py")]
+    files += sorted(there.glob("*.py"))
     said = "\n".join([*key, version("torch"), *(file.read_text() for file in files)])
     return base / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
 
@@ -119,8 +119,8 @@ SMALL = 5_000_000
 
 
 def _has_values(model: nn.Module, example: Any) -> bool:
-    """Whether it can be looked at what smaller networks compute: not on no device, not of a large network, and not
-    where two runs differ, which preflight reports."""
+    """Return whether smaller networks can be compared by what they compute: only on a device, only of a small network,
+    and only where two runs agree. Preflight reports runs that differ."""
     import torch
 
     if example.device.type == "meta" or sum(p.numel() for p in model.parameters()) > SMALL:

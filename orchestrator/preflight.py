@@ -360,7 +360,7 @@ def prune_together(
 
 
 def _output(pruned: nn.Module, probe: torch.Tensor) -> torch.Tensor:
-    """What a pruned network gives. Raises ValueError where its code is for the sizes of the dense one."""
+    """Return what a pruned network gives. Raises ValueError if its code fixes the sizes of the dense one."""
     import torch
 
     try:

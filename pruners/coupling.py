@@ -28,7 +28,10 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Slices:
-    """What a removal takes from one tensor: these indices of a dimension. `own` are a pruned layer's own outputs."""
+    """Slices of one tensor that a removal takes: these indices of a dimension.
+
+    `own` are the outputs of the pruned layer itself.
+    """
 
     tensor: str
     dim: int
