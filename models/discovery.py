@@ -16,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.layers import Layers, Sets
+from models.layers import Layers
+from pruners.candidates import Sets
 
 if TYPE_CHECKING:
     import torch

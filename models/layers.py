@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Sets = tuple[tuple[int, ...], ...]
-"""For each unit of a layer its output channels, ascending."""
+from pruners.candidates import Sets
 
 
 @dataclass(frozen=True)

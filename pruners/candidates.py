@@ -25,6 +25,10 @@ Removal = tuple[tuple[int, ...], ...]
 """The units removed from each layer of a space, ascending, in the order of its layers."""
 
 
+Sets = tuple[tuple[int, ...], ...]
+"""The units of a layer as sets of its output channels, ascending; units in the order of their first channels."""
+
+
 def n_removed(n: int, ratio: float) -> int:
     """How many of n units a pruning ratio removes: the one rounding rule of every pruner."""
     return math.floor(n * ratio + 1e-9)

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from pruners.candidates import Sets
 from pruners.labels import Axis
 from pruners.tracing import Tracer
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 """The modules whose output channels are units."""
-
-Sets = tuple[tuple[int, ...], ...]
-"""The units of a layer: the output channels of each, ascending; units in the order of their first channels."""
 
 SHOWN = 8
 
@@ -43,12 +41,18 @@ class Slices:
 class Graph:
     """The couplings of a network's channels, as one run of it has shown them.
 
-    `members` are the (tensor, dimension, index) of each class. A tensor that has several names has its first.
+    A class is a set of slices that can only be removed together, known by a number. `members` are its slices as
+    (tensor, dimension, index), `readers` those that go with it and not the other way round, `elements` its single
+    elements of tensors of these `shapes`, `reasons` why it cannot be removed. A tensor that has several names
+    (`aliases`) has its first; `users` are modules that use it without holding it. `outputs` are the tensors that a
+    layer writes its channels with. `splits` are grids of classes that a reshape makes, `divided` the classes that
+    operations take apart, `groups` those of norms over groups, `norms` those whose number only an attribute says.
     """
 
     sizes: Mapping[str, int]
     order: tuple[str, ...]
     aliases: Mapping[str, tuple[str, ...]]
+    users: Mapping[str, tuple[str, ...]]
     members: Mapping[int, tuple[tuple[str, int, int], ...]]
     root_of: Mapping[tuple[str, int, int], int]
     readers: Mapping[int, tuple[tuple[str, int, int], ...]]
@@ -203,12 +207,12 @@ class Graph:
     def shares_a_tensor(self, layer: str) -> bool:
         """Return whether what goes with a layer's channels is held or used in several places."""
         tensors = {tensor for root in self.classes_of(layer) for tensor, _, _ in self.members[root]}
-        return any(len(self.aliases[tensor]) > 1 for tensor in tensors)
+        return any(len(self.aliases[tensor]) > 1 or self.users.get(tensor) for tensor in tensors)
 
     def shared_with(self, layer: str) -> list[str]:
-        """The other modules that hold, or use, the weight of a layer."""
+        """Return the other modules that hold, or use, the weight of a layer."""
         weight, _ = self.outputs[layer][0]
-        modules = [name.rpartition(".")[0] for name in self.aliases[weight]]
+        modules = [name.rpartition(".")[0] for name in self.aliases[weight]] + list(self.users.get(weight, ()))
         return [name or "the network itself" for name in dict.fromkeys(modules) if name != layer]
 
 
@@ -308,26 +312,25 @@ def _graph(tracer: Tracer, model: nn.Module) -> Graph:
             if f"{name}.bias" in first:
                 outputs[name] += ((first[f"{name}.bias"], 0),)
             sizes[name] = module.weight.shape[dim]
-    users = {first[name]: places for name, places in tracer.users.items()}
-    aliases = {}
-    for names in tracer.labels.names.values():
-        modules = {name.rpartition(".")[0] for name in names}
-        places = sorted(users.get(names[0], set()))
-        more = [f"{place}.(used)" for place in places if place not in modules and len(places) > 1]
-        aliases[names[0]] = (*names, *more)
+    aliases = {names[0]: tuple(names) for names in tracer.labels.names.values()}
+    users: dict[str, tuple[str, ...]] = {}
+    for name, places in tracer.users.items():
+        holders = {alias.rpartition(".")[0] for alias in aliases[name]}
+        users[name] = tuple(sorted(places - holders)) if len(places) > 1 else ()
     return Graph(
-        sizes,
-        tuple(tracer.order),
-        aliases,
-        {key: tuple(places) for key, places in members.items()},
-        root_of,
-        {key: tuple(places) for key, places in readers.items()},
-        {key: tuple(places) for key, places in elements.items()},
-        shapes,
-        tracer.labels.classes.reasons(),
-        tuple((rooted(axis), place) for axis, place in tracer.labels.splits),
-        tuple((frozenset(rooted(axis).reshape(-1).tolist()), place) for axis, place in tracer.labels.divided),
-        tuple((tuple(rooted(axis).tolist()), groups, name) for axis, groups, name in tracer.labels.groups),
-        tuple((name, place, tuple(rooted(axis).reshape(-1).tolist())) for name, place, axis in tracer.norms),
-        outputs,
+        sizes=sizes,
+        order=tuple(tracer.order),
+        aliases=aliases,
+        users=users,
+        members={key: tuple(places) for key, places in members.items()},
+        root_of=root_of,
+        readers={key: tuple(places) for key, places in readers.items()},
+        elements={key: tuple(places) for key, places in elements.items()},
+        shapes=shapes,
+        reasons=tracer.labels.classes.reasons(),
+        splits=tuple((rooted(axis), place) for axis, place in tracer.labels.splits),
+        divided=tuple((frozenset(rooted(axis).reshape(-1).tolist()), place) for axis, place in tracer.labels.divided),
+        groups=tuple((tuple(rooted(axis).tolist()), groups, name) for axis, groups, name in tracer.labels.groups),
+        norms=tuple((name, place, tuple(rooted(axis).reshape(-1).tolist())) for name, place, axis in tracer.norms),
+        outputs=outputs,
     )

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pruners.coupling import Graph, Sets
+    from pruners.candidates import Sets
+    from pruners.coupling import Graph
 
 NEEDS = ("weights", "gradients", "activations", "data")
 """What a criterion reads of a network; a user's own may look at the calibration samples themselves."""

@@ -214,9 +214,7 @@ def _same(labels: Labels, call: Call) -> None:
     """The labels of the first input: casts, copies, tensors made like another."""
     for made in tensors_in(call.output):
         if made.shape != call.args[0].shape:
-            raise CannotFollow(
-                f"its units go through {call.func._schema.name.removeprefix('aten::')}, which cannot be followed"
-            )
+            raise CannotFollow(f"its units go through {call.name}, which cannot be followed")
         _take_on(labels, made, call.args[0], labels.of(call.args[0]).axes)
 
 

@@ -206,7 +206,7 @@ def _aliases(name: str, graph: Graph | None) -> list[str]:
     """The names of a tensor that modules hold it by."""
     if graph is None:
         return [name]
-    return [alias for alias in graph.aliases[graph.first_name[name]] if not alias.endswith(".(used)")]
+    return list(graph.aliases[graph.first_name[name]])
 
 
 def _narrow_norm(module: Any, place: int, left: int) -> None:
