@@ -22,6 +22,7 @@ from orchestrator.options import (
     data_root_option,
     existing_store,
     read_spec,
+    replace_option,
     set_option,
     share_options,
     share_words,
@@ -35,6 +36,7 @@ from usercode import is_code
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
+    from orchestrator.documents import Document
     from orchestrator.jobs import Job
     from orchestrator.spec import SweepSpec
 
@@ -82,6 +84,7 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("spec")
 @set_option
+@replace_option
 @store_option
 @data_root_option
 @address_option
@@ -94,6 +97,7 @@ def submit(
     ctx: click.Context,
     spec: str,
     overrides: tuple[str, ...],
+    replace: bool,
     store: str,
     data_root: str,
     address: str | None,
@@ -123,15 +127,36 @@ def submit(
     with _started_in(given["working_dir"]):
         checked = check(document, data_root)
         more = share_words(given["max_workers"], given["priority"]) + (("--track", track) if track else ())
+        more += ("--replace",) if replace else ()
         if rendering:
             env, folder = tuple(_variable(one) for one in given["env"]), given["working_dir"]
             write_manifest(rendering, document, checked, more, env, Path.cwd() if folder else None)
             return
         server = _needed(address)
         _say_of_own_code(checked, given)
+        if not replace:
+            _check_kept(location, checked, document, data_root)
         check_models(cells(checked, document, data_root), data_root)
     words = ("run", "-", "--store", location, "--data-root", data_root, *more)
     send(ctx, server, checked.name, location, data_root, words, document.text(), given)
+
+
+def _check_kept(location: str, spec: SweepSpec, document: Document, data_root: str) -> None:
+    """Raise UserError where the job would refuse the spec because it drops planned tasks. The job decides where the
+    store is not a folder of this machine, or the data are not here, without which the plan may differ."""
+    from orchestrator.plan import check_data, planned
+    from orchestrator.run import check_kept
+    from storage.manifest import plan_content
+    from storage.store import Store
+
+    if "://" in location or not (store := Store(location)).exists():
+        return
+    try:
+        check_data(spec.grid.dataset, data_root)
+    except UserError:
+        return
+    if store.manifest(spec.name) is not None:
+        check_kept(store, spec, plan_content(planned(spec, document, data_root)))
 
 
 def _say_of_own_code(spec: SweepSpec, given: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.options import absolute, data_root_option, read_spec, set_option, store_option
+from orchestrator.options import absolute, data_root_option, read_spec, replace_option, set_option, store_option
 
 
 @click.command("import-logs")
@@ -26,6 +26,7 @@ from orchestrator.options import absolute, data_root_option, read_spec, set_opti
     "--propagation", type=click.Choice(["released", "exact"]), default="released", show_default=True,
     help="How removals reached other layers: `released` for the reference's own code.",
 )  # fmt: skip
+@replace_option
 @store_option
 @data_root_option
 def import_logs(
@@ -38,6 +39,7 @@ def import_logs(
     seed: int | None,
     dense: str | None,
     propagation: str,
+    replace: bool,
     store: str,
     data_root: str,
 ) -> None:
@@ -60,7 +62,9 @@ def import_logs(
     document.override(f"name={json.dumps(name or load_spec(document).name + '-logs')}")
     document.override(f"grid.propagation={propagation}")
     opened = Store(store)
-    found = import_logs(opened, logs, document, Choice(layers, ratio, seed, dense), absolute(data_root))
+    found = import_logs(
+        opened, logs, document, Choice(layers, ratio, seed, dense), absolute(data_root), replace=replace
+    )
     click.echo(found.sweep)
     known = f", {some(found.known, 'row')} there already" if found.known else ""
     where_store = "" if store == "results" else f" --store {shlex.quote(store)}"

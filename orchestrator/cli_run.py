@@ -22,6 +22,7 @@ from orchestrator.options import (
     inline_option,
     output_options,
     read_spec,
+    replace_option,
     run_address_option,
     set_option,
     share_options,
@@ -71,6 +72,7 @@ def _options(
 @click.command()
 @click.argument("spec")
 @set_option
+@replace_option
 @store_option
 @data_root_option
 @run_address_option
@@ -83,6 +85,7 @@ def run(
     ctx: click.Context,
     spec: str,
     overrides: tuple[str, ...],
+    replace: bool,
     store: str,
     data_root: str,
     address: str | None,
@@ -95,7 +98,8 @@ def run(
 ) -> None:
     """Expand SPEC (a file, a study's name, or - for standard input), run it, and print the correlation table.
 
-    What the store has already is not run again: on a sweep that is there this is `resume`.
+    Tasks that already have a result are skipped, so running an existing sweep again resumes it. A wider grid adds tasks
+    to the sweep. A grid that drops planned tasks is refused without --replace.
 
     \b
     prunesweep run digits
@@ -110,7 +114,7 @@ def run(
     name = str(document.data.get("name", spec))
     options = _options(ctx, data_root, address, inline, track, max_workers, priority)
     again = _resume_command(name, store, data_root, address, inline, *share_words(max_workers, priority))
-    outcome = _or_say_how_to_resume(again, lambda: run_spec(opened, document, options))
+    outcome = _or_say_how_to_resume(again, lambda: run_spec(opened, document, options, replace=replace))
     _close(ctx, opened, outcome, again, form, output)
 
 
@@ -285,8 +289,9 @@ def plan(
     """
     import pyarrow as pa
 
+    from orchestrator.dropped import change_of
     from orchestrator.expand import cells, sets_of
-    from orchestrator.plan import check, check_data, estimate, plan_of_spec
+    from orchestrator.plan import check, check_data, estimate, make_plan, planned_table
     from orchestrator.preflight import check_models
     from orchestrator.progress import duration, some
     from storage.store import Store
@@ -302,7 +307,8 @@ def plan(
         click.echo(f"warning: {error}", err=True)  # the cluster that runs it may have them
     if preflight:
         check_models(cells(checked, document, absolute(data_root)), absolute(data_root))
-    found = plan_of_spec(opened, checked, document, absolute(data_root))
+    table = planned_table(checked, document, absolute(data_root))
+    change, found = change_of(opened, checked, table), make_plan(opened, checked, table)
     emit(pa.Table.from_pylist(_cell_lines(found)), form, output)
     for line in dict.fromkeys(line for one in found.cells for line in sets_of(one.cell)):
         click.echo(line, err=True)
@@ -321,6 +327,10 @@ def plan(
         f"{known if found.unfinished else 'nothing'}",
         err=True,
     )
+    if change and (note := change.note()):
+        click.echo(note, err=True)
+    if change and change.dropped:
+        click.echo(f"warning: {change.warning()}\n`run` refuses this spec without --replace", err=True)
 
 
 def _cell_lines(plan: Plan) -> list[dict[str, object]]:

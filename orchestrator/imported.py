@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import isfinite
@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import expand
 from orchestrator.documents import Document
+from orchestrator.dropped import change_of, check_nothing_dropped
 from orchestrator.errors import UserError
+from orchestrator.plan import PLAN_COLUMNS
 from orchestrator.spec import load_spec
 from pruners.candidates import n_removed
 from pruners.pruners import find_pruner
 from storage.identity import canonical_json, digest, join_id
+from storage.manifest import plan_content, read_plan
 from storage.records import IMPORTED, Cell, Removed, Row, Shard, Task, Tasks, row_for
 from storage.reference_logs import LoggedCandidate, LoggedEpoch, ReferenceLog, Values, read_log
 
@@ -92,10 +95,17 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def import_logs(
-    store: Store, paths: Sequence[Path], document: Document, choice: Choice, data_root: str | None = None
+    store: Store,
+    paths: Sequence[Path],
+    document: Document,
+    choice: Choice,
+    data_root: str | None = None,
+    *,
+    replace: bool = False,
 ) -> Imported:
     """Write the rows that the logs have and the store has not, and the sweep they make. `document` is the spec whose
-    cells the logs are of; its name is the sweep's. Raises UserError or QueryError, and then writes nothing."""
+    cells the logs are of; its name is the sweep's. Raises UserError or QueryError, and then writes nothing; UserError
+    also where the sweep would lose planned tasks, unless `replace`."""
     _check_name_is_free(store, document)
     logs = read_logs(paths)
     having = [log for log in logs if log.candidates]
@@ -106,7 +116,10 @@ def import_logs(
     placed = _placed(having, cells, choice)
     tasks = _grid(placed)
     document.override(f"grid.seed={sorted({one.task.seed for one in placed})}")
-    done = store.statuses()
+    expansion = plan_content(map(_shard, tasks))
+    if not replace and store.manifest(load_spec(document).name) is not None:
+        check_nothing_dropped(change_of(store, load_spec(document), read_plan(expansion, PLAN_COLUMNS)))
+    done = store.statuses() if store.exists() else {}
     rows = [_row(one) for one in placed if one.complete]
     new = [row for row in rows if done.get(row.task_id) != "done"]
     store.check_writable()
@@ -114,7 +127,7 @@ def import_logs(
         shard, cell_id = _shard(cell_tasks), cell_tasks.cell.cell_id
         if mine := [row for row in new if row.cell_id == cell_id]:
             store.commit_rows(shard.shard_id, mine)
-    manifest = _record(store, document, tasks)
+    manifest = _record(store, document, expansion)
     return Imported(
         sweep=manifest.sweep,
         cells=len(tasks),
@@ -137,10 +150,10 @@ def _check_name_is_free(store: Store, document: Document) -> None:
         raise UserError(f"{name} is a sweep of {store.location} that was not imported: give another --name")
 
 
-def _record(store: Store, document: Document, tasks: Iterable[Tasks]) -> Manifest:
+def _record(store: Store, document: Document, expansion: bytes) -> Manifest:
     name = load_spec(document).name
     text = f"# Imported from logs of the reference implementation: prunesweep ran none of it.\n{document.text()}"
-    return store.write_manifest(name, text, map(_shard, tasks))
+    return store.commit_manifest(name, text, expansion)
 
 
 def _shard(tasks: Tasks) -> Shard:

@@ -43,6 +43,11 @@ data_root_option = click.option(
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the spec: grid.ratio=0.5, retrain.epochs=3."
 )
+replace_option = click.option(
+    "--replace",
+    is_flag=True,
+    help="Let a changed grid drop planned tasks from the sweep of this name. Rows stay in the store.",
+)
 inline_option = click.option("--inline", is_flag=True, help="Run in this process, without Ray.")
 run_address_option = click.option(
     "--address",

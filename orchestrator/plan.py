@@ -211,8 +211,12 @@ def missing_denses(store: Store, shards: Iterable[Shard]) -> tuple[Dense, ...]:
 
 def plan_of_spec(store: Store, spec: SweepSpec, document: Document, data_root: str | None = None) -> Plan:
     """The plan of a spec that has not been recorded yet."""
-    batches = (_for_a_plan(batch) for batch in plan_batches(planned(spec, document, data_root)))
-    return make_plan(store, spec, pa.Table.from_batches(batches))
+    return make_plan(store, spec, planned_table(spec, document, data_root))
+
+
+def planned_table(spec: SweepSpec, document: Document, data_root: str | None = None) -> pa.Table:
+    """Return PLAN_COLUMNS of every task of a spec, in the order of the grid."""
+    return pa.Table.from_batches(_for_a_plan(batch) for batch in plan_batches(planned(spec, document, data_root)))
 
 
 def _for_a_plan(batch: pa.RecordBatch) -> pa.RecordBatch:

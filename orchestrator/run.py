@@ -11,9 +11,11 @@ from orchestrator.account import Account
 from orchestrator.cluster import check_reachable, connected
 from orchestrator.documents import Document
 from orchestrator.drivers import Driver, heeding_signals
+from orchestrator.dropped import change_of, check_nothing_dropped
 from orchestrator.errors import UserError
 from orchestrator.expand import cells, keeps, sets_of
 from orchestrator.plan import (
+    PLAN_COLUMNS,
     STATUSES,
     Plan,
     check,
@@ -28,12 +30,13 @@ from orchestrator.preflight import check_models
 from orchestrator.progress import progress, say, some
 from orchestrator.queue import Queue
 from storage.errors import StoreError
+from storage.manifest import plan_content, read_plan
 from storage.sql import quoted
 from storage.upkeep import tidy
 from workers.pulse import Limits
 
 if TYPE_CHECKING:
-    from orchestrator.spec import Resources
+    from orchestrator.spec import Resources, SweepSpec
     from storage.manifest import Manifest
     from storage.store import Store
 
@@ -71,19 +74,33 @@ class Outcome:
         return not (self.failed or self.pending or self.problems)
 
 
-def run_spec(store: Store, document: Document, options: Options) -> Outcome:
+def run_spec(store: Store, document: Document, options: Options, *, replace: bool = False) -> Outcome:
     """Check, expand, record and run a spec. Nothing is written before spec, data, networks, store and cluster
-    are checked."""
+    are checked. Raises UserError where the spec drops planned tasks of its sweep, unless `replace`."""
     spec = check(document, options.data_root)
     check_data(spec.grid.dataset, options.data_root)
+    expansion = plan_content(planned(spec, document, options.data_root))
+    note = None if replace else check_kept(store, spec, expansion)
     planned_cells = list(cells(spec, document, options.data_root))
     check_models(planned_cells, options.data_root)
     for line in dict.fromkeys(line for cell in planned_cells for line in sets_of(cell)):
         say(line)
     store.check_writable()
     check_reachable(options.address)
-    manifest = store.write_manifest(spec.name, document.text(), planned(spec, document, options.data_root))
+    if note:
+        say(note)
+    manifest = store.commit_manifest(spec.name, document.text(), expansion)
     return run_sweep(store, manifest, options)
+
+
+def check_kept(store: Store, spec: SweepSpec, expansion: bytes) -> str | None:
+    """Return a line on the tasks that are planned anew because the user's code or files changed, or None. Raises
+    UserError where a new expansion (`plan_content`) drops planned tasks of its sweep."""
+    if store.manifest(spec.name) is None:
+        return None
+    change = change_of(store, spec, read_plan(expansion, PLAN_COLUMNS))
+    check_nothing_dropped(change)
+    return change.note() if change else None
 
 
 def run_sweep(store: Store, manifest: Manifest, options: Options, only: frozenset[str] | None = None) -> Outcome:

@@ -77,6 +77,11 @@ def plan_content(planned: Iterable[Shard | PlannedTask]) -> bytes:
     return buffer.getvalue()
 
 
+def read_plan(content: bytes, columns: Sequence[str]) -> pa.Table:
+    """Return some columns of the tasks in the bytes of a Parquet file; strings that repeat are dictionaries."""
+    return pq.ParquetFile(pa.BufferReader(content), read_dictionary=list(REPEATING)).read(list(columns))
+
+
 def plan_batches(planned: Iterable[Shard | PlannedTask]) -> Iterator[pa.RecordBatch]:
     """The tasks as record batches of PLAN_SCHEMA; a million tasks never are in memory at once."""
     position, chunk, size = 0, list[Shard](), 0

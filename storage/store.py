@@ -234,7 +234,10 @@ class Store:
 
     def write_manifest(self, name: str, spec: str, tasks: Iterable[Shard | PlannedTask]) -> Manifest:
         """Record an expansion: the spec as given and its tasks. The same one again is kept as it is."""
-        content = plan_content(tasks)
+        return self.commit_manifest(name, spec, plan_content(tasks))
+
+    def commit_manifest(self, name: str, spec: str, content: bytes) -> Manifest:
+        """Record an expansion whose tasks are the bytes of a Parquet file (`plan_content`)."""
         found = hashlib.sha256(spec.encode() + content).hexdigest()[:8]
         newest = self.manifest(name)
         if newest and newest.stem.endswith(f"-{found}"):
