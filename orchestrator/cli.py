@@ -7,6 +7,9 @@ import signal
 import sys
 import tomllib
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import click
 
 from orchestrator.errors import ClusterError, UserError
-from storage.errors import QueryError, StoreError
+from storage.errors import QueryError, SkippedFile, StoreError
 
 PROJECT_FILE = "prunesweep.toml"
 PROJECT_KEYS = ("store", "data_root", "address", "job_server")
@@ -145,7 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given  # wherever it stands
     given = ["--debug", *(word for word in given if word != "--debug")] if debug else given
     try:
-        code = command_line.main(given, prog_name="prunesweep", standalone_mode=False)
+        with _warnings_in_lines():
+            code = command_line.main(given, prog_name="prunesweep", standalone_mode=False)
     except click.exceptions.Abort:
         code = INTERRUPTED
     except KeyboardInterrupt:
@@ -164,6 +168,25 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         code = _unforeseen(error, debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _warnings_in_lines() -> Iterator[None]:
+    """Print each warning of the store as one line, once a command, not as Python prints it."""
+    with warnings.catch_warnings():
+        printed: set[str] = set()
+        otherwise = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, SkippedFile):
+                otherwise(message, category, *where, **more)
+            elif str(message) not in printed:
+                printed.add(str(message))
+                click.echo(f"warning: {message}", err=True)
+
+        warnings.simplefilter("always", SkippedFile)
+        warnings.showwarning = show
+        yield
 
 
 def _unforeseen(error: Exception, debug: bool) -> int:

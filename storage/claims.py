@@ -179,9 +179,10 @@ def settled(interval: Interval, verdict: str, sign: int) -> bool | None:
 def _kept(cell: CellData, asked: Question) -> Claim | None:
     """The claim that was kept, if it is of the same values."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(_file(cell, asked).read_text(encoding="utf-8"))
-        if kept["content"] == _content(cell, asked):
-            return replace(_from_plain(kept["claim"]), title=cell.title, planned=cell.planned)
+        digest, kept = _file(cell, asked).read_text(encoding="utf-8").split("\n", 1)
+        claim = json.loads(kept)
+        if digest == _digest(cell, asked, kept):
+            return replace(_from_plain(claim), title=cell.title, planned=cell.planned)
     return None
 
 
@@ -191,7 +192,8 @@ def _keep(cell: CellData, asked: Question, claim: Claim) -> None:
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"content": _content(cell, asked), "claim": asdict(claim)}), encoding="utf-8")
+        kept = json.dumps(asdict(claim))
+        draft.write_text(f"{_digest(cell, asked, kept)}\n{kept}", encoding="utf-8")
         draft.replace(file)
 
 
@@ -204,12 +206,13 @@ def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunesweep" / "claims"
 
 
-def _content(cell: CellData, asked: Question) -> str:
-    """A hash of all that a claim is made of."""
+def _digest(cell: CellData, asked: Question, kept: str) -> str:
+    """A hash of all that a claim is made of, and of the claim as it is kept."""
     about = [_VERSION, repr(asked), cell.seeds, cell.grows, cell.candidate]
     found = hashlib.sha256(json.dumps(about).encode())
     for values in (cell.columns[asked.x], cell.columns[asked.y], cell.by_seed.get(asked.y)):
         found.update(b"none" if values is None else np.asarray(values, dtype=np.float64).tobytes())
+    found.update(kept.encode())
     return found.hexdigest()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -46,6 +48,11 @@ REPEATING = ("shard", "recipe")
 
 _BATCH = 8192
 
+STEM = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
+"""The name of an expansion: when it was made, in UTC to the microsecond, and the digest of its two files."""
+
+_TIME = "%Y%m%dT%H%M%S%fZ"
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -57,6 +64,22 @@ class Manifest:
     @property
     def expanded_at(self) -> str:
         return self.stem.split("-")[0]
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """The names in the store of its spec and of its tasks."""
+        spec, plan = (f"sweeps/{self.sweep}/{self.stem}.{suffix}" for suffix in ("yaml", "parquet"))
+        return spec, plan
+
+
+def next_time(newest: Manifest | None, now: dt.datetime) -> str:
+    """Return the time in the name of an expansion that follows `newest`, whatever the clock of its machine said.
+
+    Raises OverflowError where no later time can be written.
+    """
+    if newest is not None:
+        now = max(now, dt.datetime.strptime(newest.expanded_at, _TIME) + dt.timedelta(microseconds=1))
+    return now.strftime(_TIME)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ vanishes while it is read, or a compaction that ends meanwhile, makes the reader
 from __future__ import annotations
 
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from storage.digests import is_verified, row_file_name
 from storage.encoding import ORIGIN, ROW_FILES_SCHEMA, parquet, rows_of
-from storage.errors import StoreError
+from storage.errors import SkippedFile, StoreError
 from storage.identity import SCHEMA_VERSION
 from storage.schema import SCHEMA
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-COMPACTED = "compact-"
+COMPACTED = "compact"
 COMPACTED_ROWS = 50_000
 """A compacted file has at most so many rows, but for one origin's. With half of them it is never merged
 again; two with less always are."""
@@ -46,6 +48,11 @@ class Problem:
 
     file: str
     reason: str
+
+
+def warn_skipped(problem: Problem) -> None:
+    """Warn, in Python's way, that a file was left out of an answer."""
+    warnings.warn(f"skipped {problem.file}: {problem.reason}", SkippedFile, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def _all(_: str) -> bool:
 
 def is_compacted(name: str) -> bool:
     """Whether a row file was written by compaction."""
-    return name.removeprefix("rows/").startswith(COMPACTED)
+    return name.removeprefix("rows/").startswith(f"{COMPACTED}-")
 
 
 def valid_rows(store: Store, columns: Sequence[str] | None = None) -> tuple[pa.Table, list[Problem]]:
@@ -153,14 +160,19 @@ def _is_in(values: pa.ChunkedArray, these: pa.Array) -> pa.ChunkedArray:
     return pc.call_function("is_in", [values], pc.SetLookupOptions(these))
 
 
-def row_file(store: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table | Problem:
-    """The rows of one file in the pinned schema with their origin, all columns or some.
+def row_file(
+    store: Store, name: str, columns: Sequence[str] | None = None, *, unknown: bool = False
+) -> pa.Table | Problem:
+    """Return the rows of one file in the pinned schema with their origin, all columns or some; with `unknown`, those
+    that the schema lacks too.
 
     Raises FileNotFoundError where it is gone, StoreError where it cannot be read now.
     """
     content = store.read(name)
     try:
-        found = rows_of(content, columns, None if is_compacted(name) else name)
+        verified = is_verified(name, content)
+        origin = None if is_compacted(name) else name
+        found = rows_of(content, columns, origin, verified=verified, unknown=unknown)
     except pa.ArrowMemoryError as error:
         raise StoreError(f"no memory to read {store.location}/{name}") from error
     except (pa.ArrowException, ValueError, OSError, KeyError) as error:
@@ -202,10 +214,10 @@ def compact(store: Store) -> Compaction:
 
     What a killed compaction left is finished by the next: files whose rows are copied already go.
     """
-    listing = look(store, _all, lambda name: row_file(store, name))
+    listing = look(store, _all, lambda name: row_file(store, name, unknown=True))
     aside = tuple(set_aside(store, problem) for problem in listing.problems)
     once = counted_once(listing.tables)
-    small = [name for name, table in listing.tables.items() if not (_is_full(name, table) or _is_newer(table))]
+    small = [name for name, table in listing.tables.items() if not (_is_full(name, table) or _has_more(table))]
     if len(small) < 2 and all(is_compacted(name) for name in small):
         return Compaction(0, 0, 0, aside)
     written = rows = 0
@@ -228,8 +240,10 @@ def _is_full(name: str, table: pa.Table) -> bool:
     return is_compacted(name) and len(table) >= COMPACTED_ROWS / 2
 
 
-def _is_newer(table: pa.Table) -> bool:
-    """Whether a newer prunesweep wrote it: its columns are not ours to drop."""
+def _has_more(table: pa.Table) -> bool:
+    """Return whether a file has what this version would drop: columns that it does not know, or a newer schema."""
+    if len(table.column_names) > len(ROW_FILES_SCHEMA):
+        return True
     newest = pc.call_function("max", [table["schema_version"]]).as_py()
     return (newest or 0) > SCHEMA_VERSION
 
@@ -254,7 +268,7 @@ def _write(store: Store, table: pa.Table) -> None:
     Raises FileNotFoundError where it is gone by then.
     """
     content = parquet(table.sort_by([(name, "ascending") for name in ("cell_id", "candidate", "seed", ORIGIN)]))
-    name = f"rows/{COMPACTED}{uuid.uuid4().hex}.parquet"
+    name = row_file_name(COMPACTED, content)
     store.commit(name, content)
     found, back = row_file(store, name), store.read(name)
     if isinstance(found, Problem) or len(found) != len(table) or back != content:

@@ -23,9 +23,9 @@ from duckdb.sqltypes import DOUBLE
 
 from storage import statistics
 from storage.encoding import repeated
-from storage.errors import QueryError
+from storage.errors import DamagedError, QueryError
 from storage.manifest import PLAN_SCHEMA
-from storage.rowfiles import ROW_FILES_SCHEMA, Problem, chosen
+from storage.rowfiles import ROW_FILES_SCHEMA, Problem, chosen, warn_skipped
 from storage.schema import COLUMNS, SCHEMA
 from storage.statistics.p_values import p_of
 
@@ -50,12 +50,22 @@ VIEWS_FILE = Path(__file__).with_name("views.sql")
 _EXPLAIN = re.compile(r"\s*explain\s*(?:analyze\b|\((?:\s|,|analyze|format\s+\w+)*\))?", re.IGNORECASE)
 
 
-def plan_table(store: Store, columns: Container[str] = EVERY_COLUMN) -> pa.Table:
-    """Every sweep's newest expansion, one line per planned task, all columns or some."""
+def plan_table(
+    store: Store, columns: Container[str] = EVERY_COLUMN, report: Callable[[Problem], None] = warn_skipped
+) -> pa.Table:
+    """Every sweep's newest expansion, one line per planned task, all columns or some. A damaged one is left out, and
+    `report` is called with it."""
     names = [name for name in PLAN_TABLE_SCHEMA.names if name in columns]
     tables = []
-    for manifest in store.manifests():
-        table = store.plan_table(manifest, [name for name in names if name in PLAN_SCHEMA.names] or ["task_id"])
+    for sweep in store.sweeps():
+        try:
+            manifest = store.current(sweep)
+            if manifest is None:  # it was removed meanwhile
+                continue
+            table = store.plan_table(manifest, [name for name in names if name in PLAN_SCHEMA.names] or ["task_id"])
+        except DamagedError as error:
+            report(Problem(error.file, error.reason))
+            continue
         for name in ("sweep", "expanded_at"):
             table = table.append_column(name, repeated(getattr(manifest, name), len(table)))
         tables.append(table.select(names))
@@ -65,11 +75,12 @@ def plan_table(store: Store, columns: Container[str] = EVERY_COLUMN) -> pa.Table
 class Views:
     """A connection with the store's views, whose tables are read as far as queries need their columns.
 
-    A column that was not read is null. `report` is told once of every file in rows/ that is none of ours.
+    A column that was not read is null. `report` is called once with every file that is left out; without it that is
+    a warning, SkippedFile.
     """
 
     def __init__(self, con: duckdb.DuckDBPyConnection, store: Store, report: Callable[[Problem], None] | None) -> None:
-        self.con, self._store, self._report = con, store, report
+        self.con, self._store, self._report = con, store, report or warn_skipped
         self._columns: set[str] = set()
         self._reported: set[Problem] = set()
         for name, schema in TABLES.items():
@@ -97,11 +108,11 @@ class Views:
         wanted = self._columns | {"task_id", "status", "finished_at"}
         row_files, problems = self._store.row_files([name for name in SCHEMA.names if name in wanted])
         row_files = row_files.append_column("chosen", chosen(row_files))
-        plan = plan_table(self._store, self._columns)
+        plan = plan_table(self._store, self._columns, problems.append)
         for name, table in (("row_files", row_files), ("plan", plan)):
             self.con.register(name, _with_nulls(table, TABLES[name]))
         for problem in problems:
-            if self._report and problem not in self._reported:
+            if problem not in self._reported:
                 self._report(problem)
         self._reported.update(problems)
 

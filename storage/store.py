@@ -20,12 +20,13 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from storage.commit import again, commit, patiently, replace
+from storage.digests import expansion_digest, row_file_name
 from storage.encoding import parquet
-from storage.errors import QueryError, StoreError
+from storage.errors import DamagedError, QueryError, StoreError
 from storage.identity import SWEEP_NAME
-from storage.manifest import PLAN_SCHEMA, REPEATING, Manifest, PlannedTask, plan_content
+from storage.manifest import PLAN_SCHEMA, REPEATING, STEM, Manifest, PlannedTask, next_time, plan_content
 from storage.records import Row, Shard, utc_now
-from storage.rowfiles import Compaction, Problem, compact, set_aside, valid_rows
+from storage.rowfiles import Compaction, Problem, compact, set_aside, valid_rows, warn_skipped
 from storage.schema import rows_to_table
 from storage.scratch import Scratch
 
@@ -36,6 +37,9 @@ T = TypeVar("T")
 
 SMALL_BYTES = 4 * 2**20
 """Below pyarrow's size of a part of an upload to S3, 5 MiB and more."""
+
+_HEAL = "; run its spec again with --replace, or remove the sweep with `prunesweep rm {sweep}`: the rows stay"
+"""What to do about the damaged expansion of a sweep."""
 
 _READ_ERRORS = (pa.ArrowException, ValueError, OSError, KeyError)
 
@@ -202,8 +206,9 @@ class Store:
 
     def commit_rows(self, shard_id: str, rows: Iterable[Row]) -> str:
         """Make `rows` durable as one immutable file and return its name."""
-        name = f"rows/{shard_id}-{uuid.uuid4().hex}.parquet"
-        self.commit(name, parquet(rows_to_table(rows)))
+        content = parquet(rows_to_table(rows))
+        name = row_file_name(shard_id, content)
+        self.commit(name, content)
         return name
 
     def row_file_names(self) -> list[str]:
@@ -220,7 +225,9 @@ class Store:
     def statuses(self) -> dict[str, str]:
         """task id -> done or failed, for every task that has a row."""
         statuses: dict[str, str] = {}
-        table, _ = self.row_files(("task_id", "status"))
+        table, problems = self.row_files(("task_id", "status"))
+        for problem in problems:
+            warn_skipped(problem)
         for task_id, status in zip(*(table[c].to_pylist() for c in ("task_id", "status")), strict=True):
             if statuses.get(task_id) != "done":
                 statuses[task_id] = status
@@ -233,49 +240,78 @@ class Store:
     # -- sweeps -----------------------------------------------------------------------------------
 
     def write_manifest(self, name: str, spec: str, tasks: Iterable[Shard | PlannedTask]) -> Manifest:
-        """Record an expansion: the spec as given and its tasks. The same one again is kept as it is."""
+        """Record an expansion: the spec as given and its tasks. The newest one is kept where it is the same.
+
+        Raises QueryError for an expansion without a task, StoreError.
+        """
         return self.commit_manifest(name, spec, plan_content(tasks))
 
     def commit_manifest(self, name: str, spec: str, content: bytes) -> Manifest:
-        """Record an expansion whose tasks are the bytes of a Parquet file (`plan_content`)."""
-        found = hashlib.sha256(spec.encode() + content).hexdigest()[:8]
+        """Record an expansion whose tasks are the bytes of a Parquet file (`plan_content`), as `write_manifest` does."""
+        digest = expansion_digest(spec.encode(), content)
         newest = self.manifest(name)
-        if newest and newest.stem.endswith(f"-{found}"):
+        if newest and newest.stem.endswith(f"-{digest}") and self._is_whole(newest):
             return newest
-        stem = f"{utc_now():%Y%m%dT%H%M%S%f}Z-{found}"
-        folder = f"sweeps/{name}"
-        self.commit(f"{folder}/{stem}.yaml", spec.encode())
-        self.commit(f"{folder}/{stem}.parquet", content)  # last: its being there is the promise
-        return Manifest(name, stem)
+        try:
+            manifest = Manifest(name, f"{next_time(newest, utc_now())}-{digest}")
+        except OverflowError as error:
+            raise StoreError(f"{self.location}/{newest.files[1] if newest else name}: no later time exists") from error
+        if pq.read_metadata(pa.BufferReader(content)).num_rows == 0:
+            raise QueryError(f"the sweep {name} has no task: nothing was recorded")
+        spec_file, plan_file = manifest.files
+        self.commit(spec_file, spec.encode())
+        self.commit(plan_file, content)  # last: its being there is the promise
+        return manifest
 
     def manifest(self, name: str) -> Manifest | None:
         """The newest expansion of a sweep: the sweep."""
-        if not SWEEP_NAME.fullmatch(name):
-            return None
-        stems = [
-            info.base_name.removesuffix(".parquet")
-            for info in self._files(f"sweeps/{name}")
-            if info.base_name.endswith(".parquet")
-        ]
+        stems = self._stems(name, ".parquet")
         return Manifest(name, max(stems)) if stems else None
 
+    def _stems(self, name: str, suffix: str) -> list[str]:
+        """The expansions of a sweep that have the file with this suffix. Files with other names are not expansions."""
+        if not SWEEP_NAME.fullmatch(name):
+            return []
+        stems = [file.removesuffix(suffix) for file in self.names(f"sweeps/{name}") if file.endswith(suffix)]
+        return [stem for stem in stems if STEM.fullmatch(stem)]
+
     def newest(self, name: str) -> Manifest:
-        """The same, for a sweep that must be there. Raises QueryError, naming those there are."""
-        manifest = self.manifest(name)
+        """Return the newest expansion of a sweep, read once to verify it.
+
+        Raises QueryError for a sweep that does not exist, DamagedError for one that is damaged.
+        """
+        manifest = self.current(name)
         if manifest is None:
             raise QueryError(f"no sweep {name} in {self.location}; there are: {', '.join(self.sweeps()) or 'none'}")
+        self._expansion(manifest)
+        return manifest
+
+    def current(self, name: str) -> Manifest | None:
+        """The newest complete expansion of a sweep, with a warning where a newer one was begun; None without a sweep.
+
+        Raises DamagedError where an expansion was begun and none is complete.
+        """
+        manifest = self.manifest(name)
+        begun = max(self._stems(name, ".yaml"), default="")
+        if begun <= (manifest.stem if manifest else ""):
+            return manifest
+        _, missing = Manifest(name, begun).files
+        reason = "the file is missing: it was removed, or a run was killed before it was written"
+        if manifest is None:
+            raise DamagedError(missing, reason, _HEAL.format(sweep=name))
+        warn_skipped(Problem(missing, f"{reason}; the expansion {manifest.stem} is used instead"))
         return manifest
 
     def sweeps(self) -> list[str]:
         """Names of the sweeps, sorted."""
-        paths = [i.path for i in self._files("sweeps", recursive=True) if i.path.endswith(".parquet")]
-        return sorted({path.rsplit("/", 2)[-2] for path in paths})
+        names = [i.path.rsplit("/", 2)[-2:] for i in self._files("sweeps", recursive=True)]
+        stems = [(sweep, file.removesuffix(".parquet").removesuffix(".yaml")) for sweep, file in names]
+        return sorted({sweep for sweep, stem in stems if SWEEP_NAME.fullmatch(sweep) and STEM.fullmatch(stem)})
 
     def remove_sweep(self, name: str) -> None:
-        """Remove every expansion of a sweep; rows stay."""
-        files = sorted(self.names(f"sweeps/{name}"))
-        # The oldest first, its table before its text: cut off, the newest is the sweep still.
-        for file in sorted(files, key=lambda file: (not file.endswith(".parquet"), file)):
+        """Remove every expansion of a sweep, damaged ones too; rows stay."""
+        # The oldest first, its tasks before its spec: cut off, the newest is the sweep still.
+        for file in sorted(self.names(f"sweeps/{name}")):
             self.delete(f"sweeps/{name}/{file}")
         if self.is_local:
             with suppress(OSError):
@@ -283,24 +319,52 @@ class Store:
 
     def spec_text(self, manifest: Manifest) -> str:
         """The spec of an expansion, as given (with its --set overrides applied)."""
-        return self.read(f"sweeps/{manifest.sweep}/{manifest.stem}.yaml").decode()
+        spec, _ = self._expansion(manifest)
+        return spec.decode()
+
+    def _expansion(self, manifest: Manifest) -> tuple[bytes, bytes]:
+        """The spec of an expansion and its tasks, as they were written. Raises DamagedError, StoreError."""
+        found: list[bytes] = []
+        for file in manifest.files:
+            try:
+                found.append(self.read(file))
+            except FileNotFoundError:
+                raise DamagedError(file, "the file is missing", _HEAL.format(sweep=manifest.sweep)) from None
+        spec, plan = found
+        if not manifest.stem.endswith(f"-{expansion_digest(spec, plan)}"):
+            files = " and ".join(manifest.files)
+            reason = "one of the two is damaged or was edited: they do not match the digest in their name"
+            raise DamagedError(files, reason, _HEAL.format(sweep=manifest.sweep))
+        return spec, plan
+
+    def _is_whole(self, manifest: Manifest) -> bool:
+        try:
+            self._expansion(manifest)
+        except DamagedError:
+            return False
+        return True
 
     def plan_table(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         """The tasks of an expansion, one line each, in order, of PLAN_SCHEMA; or some of its columns, and then
         those whose strings repeat as dictionaries."""
-        name = f"sweeps/{manifest.sweep}/{manifest.stem}.parquet"
+        _, plan = self._expansion(manifest)
         wanted, repeating = list(columns or PLAN_SCHEMA.names), list(REPEATING) if columns else []
         try:
-            content = pa.BufferReader(self.read(name))
-            file = pq.ParquetFile(content, page_checksum_verification=True, read_dictionary=repeating)
-            return file.read(wanted).select(wanted)
+            file = pq.ParquetFile(pa.BufferReader(plan), read_dictionary=repeating)
+            table = file.read(wanted).select(wanted)
         except _READ_ERRORS as error:
-            raise StoreError(f"cannot read {self.location}/{name}: {error}") from error
+            _, name = manifest.files
+            raise DamagedError(
+                name, f"it is not a table of tasks: {error}", _HEAL.format(sweep=manifest.sweep)
+            ) from error
+        if not len(table):
+            raise DamagedError(manifest.files[1], "it has no task", _HEAL.format(sweep=manifest.sweep))
+        return table
 
     def manifests(self) -> Iterator[Manifest]:
-        """The newest expansion of every sweep."""
+        """The newest expansion of every sweep. Raises DamagedError where a sweep has none that is complete."""
         for name in self.sweeps():
-            manifest = self.manifest(name)
+            manifest = self.current(name)
             if manifest:
                 yield manifest
 

@@ -105,7 +105,15 @@ def test_a_second_look_is_read_and_new_values_are_not(monkeypatch: pytest.Monkey
         claims([changed], X, Y)
     monkeypatch.setattr(module, "_claim", made)
     (file,) = module._folder().iterdir()
-    for damage in ("", "{}", '{"content": 1}', json.dumps(json.loads(file.read_text()) | {"claim": {"tau": 1}})):
+    whole = file.read_text()
+    digest, kept = whole.split("\n")
+    for damage in (
+        "",
+        "{}",
+        digest,
+        f"{digest}\n{json.dumps(json.loads(kept) | {'tau': 1})}",
+        whole.replace("9", "8", 1),
+    ):
         file.write_text(damage)
         assert repr(claims([cell], X, Y)) == repr(first)
     assert claims([changed], X, Y)[0].pearson != first[0].pearson

@@ -16,10 +16,11 @@ import pytest
 from pyarrow import fs as pafs
 
 from storage.commit import commit
+from storage.digests import expansion_digest
 from storage.encoding import FEW_ROWS, parquet
-from storage.errors import QueryError, StoreError
-from storage.manifest import PlannedTask, planned_tasks
-from storage.records import Removed, Row, Task
+from storage.errors import DamagedError, QueryError, SkippedFile, StoreError
+from storage.manifest import Manifest, PlannedTask, plan_content, planned_tasks
+from storage.records import Removed, Row, Task, utc_now
 from storage.rowfiles import Attempts, Problem
 from storage.schema import SCHEMA, rows_to_table, table_to_rows
 from storage.sql import run_query
@@ -250,6 +251,92 @@ def test_the_same_expansion_twice_is_one_manifest(tmp_path: Path) -> None:
     assert first.stem < respelt.stem < grown.stem < back.stem
     assert store.manifest("mini") == back == store.newest("mini")
     assert len(list((tmp_path / "sweeps" / "mini").iterdir())) == 8
+
+
+@pytest.mark.parametrize("ahead", [dt.timedelta(hours=5), dt.timedelta(days=36500)])
+def test_the_newest_expansion_wins_though_a_clock_is_fast(
+    ahead: dt.timedelta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a machine with a fast clock expanded does not hide what others expand afterwards."""
+    store, (first, *more) = Store(tmp_path), tasks(ORACLE, 4)
+    right = "storage.store.utc_now"
+    with monkeypatch.context() as fast:
+        fast.setattr(right, lambda: utc_now() + ahead)
+        plan(store, "mini", [first])
+    for at in range(1, 4):
+        plan(store, "mini", [first, *more[:at]])
+        assert len(store.plan_table(store.newest("mini"))) == 1 + at
+    assert len({file.split("-")[0] for file in store.names("sweeps/mini")}) == 4
+
+
+def test_no_time_after_the_last(tmp_path: Path) -> None:
+    """The end of the calendar is an error of the store, not of the program."""
+    store = Store(tmp_path)
+    plan(store, "mini", tasks(ORACLE, 1))
+    for file in (tmp_path / "sweeps" / "mini").iterdir():
+        file.rename(file.with_name(f"99991231T235959999999Z-{file.name.split('-')[1]}"))
+    with pytest.raises(StoreError, match=r"99991231T235959999999Z-.*no later time"):
+        plan(store, "mini", tasks(ORACLE, 2))
+
+
+def test_an_expansion_without_tasks_is_an_error(tmp_path: Path) -> None:
+    """It is not recorded, and one that someone made by hand is refused."""
+    store = Store(tmp_path)
+    with pytest.raises(QueryError, match="the sweep mini has no task"):
+        plan(store, "mini", [])
+    assert tree(tmp_path) == {}
+    spec, content = b"name: mini\n", plan_content([])
+    for suffix, made in (("yaml", spec), ("parquet", content)):
+        name = f"sweeps/mini/20250131T120000000000Z-{expansion_digest(spec, content)}.{suffix}"
+        store.commit(name, made)
+    for ask in (lambda: store.plan_table(store.newest("mini")), lambda: list(map(store.plan_table, store.manifests()))):
+        with pytest.raises(DamagedError, match="it has no task"):
+            ask()
+
+
+def _expanded_twice(store: Store) -> tuple[Manifest, Manifest]:
+    found = []
+    for count in (1, 2):
+        plan(store, "mini", tasks(ORACLE, count))
+        found.append(store.newest("mini"))
+    return found[0], found[1]
+
+
+def test_files_with_other_names_are_not_expansions(tmp_path: Path) -> None:
+    """Whatever their names sort like, they are not taken for the newest."""
+    store = Store(tmp_path)
+    _, newest = _expanded_twice(store)
+    content = store.read(newest.files[1])
+    for name in ("zzz", "A copy", f"{newest.stem} (2)", newest.stem.upper()):
+        store.commit(f"sweeps/mini/{name}.parquet", content)
+    store.commit("sweeps/only copies/zzz.parquet", content)
+    assert (store.manifest("mini"), store.newest("mini"), store.sweeps()) == (newest, newest, ["mini"])
+
+
+def test_an_expansion_that_was_cut_off_is_a_warning(tmp_path: Path) -> None:
+    """Its tasks were never written, or removed: the one before it counts, and the file is named."""
+    store = Store(tmp_path)
+    older, newest = _expanded_twice(store)
+    store.delete(newest.files[1])
+    with pytest.warns(SkippedFile, match=rf"{newest.files[1]}: the file is missing.*{older.stem} is used"):
+        assert store.newest("mini") == older
+    store.delete(older.files[1])
+    with pytest.raises(DamagedError, match=rf"{newest.files[1]}: the file is missing.*run its spec again"):
+        store.newest("mini")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_running_the_spec_again_heals_a_damaged_expansion(which: int, tmp_path: Path) -> None:
+    """The same expansion is written anew; `rm` removes a damaged one."""
+    store = Store(tmp_path)
+    _, newest = _expanded_twice(store)
+    (tmp_path / newest.files[which]).write_bytes(b"")
+    with pytest.raises(DamagedError, match=rf"{newest.files[which]}.*digest"):
+        store.newest("mini")
+    plan(store, "mini", tasks(ORACLE, 2))
+    assert len(store.plan_table(store.newest("mini"))) == 2 and store.newest("mini").stem > newest.stem
+    store.remove_sweep("mini")
+    assert store.sweeps() == [] and not list(tmp_path.glob("sweeps/*"))
 
 
 def test_an_expansion_comes_back_whole_and_in_order(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,9 @@ from models import build_model, input_shape
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+_NAME = re.compile(r"[0-9a-f]+-([0-9a-f]{8})\.safetensors")
+"""The name that a store gives to a kept network: its task, then the digest of its content."""
 
 
 def network_content(
@@ -43,9 +48,14 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     """Return the pruned, retrained network of a file under `networks/`, on the CPU, in eval mode.
 
     Rows name it in `kept_network`; for a store that is no folder, copy the file first. Raises
-    FileNotFoundError, or ValueError for another kind of file.
+    FileNotFoundError, or ValueError for another kind of file, and for content that does not match the digest in the
+    file's name.
     """
-    return network_of(Path(path).read_bytes(), str(path))
+    content = Path(path).read_bytes()
+    named = _NAME.fullmatch(Path(path).name)
+    if named and not hashlib.sha256(content).hexdigest().startswith(named[1]):
+        raise ValueError(f"{path} is damaged: its content does not match the digest in its name")
+    return network_of(content, str(path))
 
 
 def network_of(content: bytes, path: str = "this file") -> nn.Module:
