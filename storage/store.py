@@ -247,7 +247,7 @@ class Store:
         return self.commit_manifest(name, spec, plan_content(tasks))
 
     def commit_manifest(self, name: str, spec: str, content: bytes) -> Manifest:
-        """Record an expansion whose tasks are the bytes of a Parquet file (`plan_content`), as `write_manifest` does."""
+        """Record an expansion whose tasks are the bytes of a Parquet file, `plan_content`."""
         digest = expansion_digest(spec.encode(), content)
         newest = self.manifest(name)
         if newest and newest.stem.endswith(f"-{digest}") and self._is_whole(newest):
