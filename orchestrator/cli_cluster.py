@@ -127,18 +127,19 @@ def submit(
     with _started_in(given["working_dir"]):
         checked = check(document, data_root)
         more = share_words(given["max_workers"], given["priority"]) + (("--track", track) if track else ())
-        more += ("--replace",) if replace else ()
+        dropping = ("--replace",) if replace else ()
         if rendering:
             env, folder = tuple(_variable(one) for one in given["env"]), given["working_dir"]
-            write_manifest(rendering, document, checked, more, env, Path.cwd() if folder else None)
+            write_manifest(rendering, document, checked, more + dropping, env, Path.cwd() if folder else None)
             return
         server = _needed(address)
         _say_of_own_code(checked, given)
         if not replace:
             _check_kept(location, checked, document, data_root)
         check_models(cells(checked, document, data_root), data_root)
-    words = ("run", "-", "--store", location, "--data-root", data_root, *more)
-    send(ctx, server, checked.name, location, data_root, words, document.text(), given)
+    words = ("run", "-", "--store", location, "--data-root", data_root, *more, *dropping)
+    typed = () if spec == "-" else (spec, *(word for one in overrides for word in ("--set", one)))
+    send(ctx, server, checked.name, location, data_root, words, document.text(), given, typed, more)
 
 
 def _check_kept(location: str, spec: SweepSpec, document: Document, data_root: str) -> None:
@@ -182,8 +183,11 @@ def send(
     words: tuple[str, ...],
     stdin: str | None,
     given: dict[str, Any],
+    spec: tuple[str, ...] = (),
+    more: tuple[str, ...] = (),
 ) -> None:
-    """Submit `prunesweep WORDS` as a job of a sweep; say what follows, and follow it unless --no-wait.
+    """Submit `prunesweep WORDS` as a job of a sweep; say what follows, and follow it unless --no-wait. `spec` (SPEC and
+    its --set) and `more` options are what the job advises to give again.
 
     No --address among the words: Ray tells a job its cluster in RAY_ADDRESS, where `auto` might find another one.
     """
@@ -200,6 +204,7 @@ def send(
         tuple(_variable(one) for one in given["env"]),
         given["submission_id"],
         local=(location, absolute(data_root)),
+        again=_given_again(server, location, absolute(data_root), spec, more, given),
     )
     name = submit_job(server, job)
     click.echo(name)
@@ -208,6 +213,19 @@ def send(
         with job_server(server) as client:
             code = _follow(client, name, server)
         ctx.exit(code)
+
+
+def _given_again(
+    server: str, location: str, data_root: str, spec: tuple[str, ...], more: tuple[str, ...], given: dict[str, Any]
+) -> tuple[tuple[str, str], ...]:
+    """How a job was submitted, as metadata. Values of --env are left out: what a job advises is shown in its output."""
+    from orchestrator.advice import OPTIONS, SPEC
+
+    words = ["--address", server, "--store", location, "--data-root", data_root, *more]
+    words += ["--working-dir", str(given["working_dir"])] if given["working_dir"] else []
+    words += ["--image-has-prunesweep"] if given["image_has_prunesweep"] else []
+    words += [word for one in given["env"] for word in ("--env", one.partition("=")[0])]
+    return ((SPEC, shlex.join(spec)), (OPTIONS, shlex.join(words)))
 
 
 def _variable(text: str) -> tuple[str, str]:

@@ -33,6 +33,7 @@ from orchestrator.tracking import track_option
 from storage.errors import StoreError
 
 if TYPE_CHECKING:
+    from orchestrator.advice import Given
     from orchestrator.plan import Plan
     from orchestrator.run import Options, Outcome
     from storage.store import Store
@@ -113,9 +114,10 @@ def run(
     opened = Store(store)
     name = str(document.data.get("name", spec))
     options = _options(ctx, data_root, address, inline, track, max_workers, priority)
-    again = _resume_command(name, store, data_root, address, inline, *share_words(max_workers, priority))
-    outcome = _or_say_how_to_resume(again, lambda: run_spec(opened, document, options, replace=replace))
-    _close(ctx, opened, outcome, again, form, output)
+    words = () if spec == "-" else (spec, *(word for one in overrides for word in ("--set", one)))
+    started = _given(words, store, data_root, address, inline, track, *share_words(max_workers, priority))
+    outcome = _or_say_how_to_resume(started.resume(name), lambda: run_spec(opened, document, options, replace=replace))
+    _close(ctx, opened, outcome, started, form, output)
 
 
 @click.command()
@@ -163,12 +165,8 @@ def resume(
     from orchestrator.run import run_sweep
 
     if address and is_job_server(address) and not inline:
-        words = (
-            *_narrowed(failed, where, shard),
-            *share_words(max_workers, priority),
-            *(("--track", track) if track else ()),
-        )
-        _resume_there(ctx, sweep, words, store, data_root, address, given)
+        more = share_words(max_workers, priority) + (("--track", track) if track else ())
+        _resume_there(ctx, sweep, _narrowed(failed, where, shard), more, store, data_root, address, given)
         return
     if meant := [f"--{name.replace('_', '-')}" for name, value in given.items() if value]:
         raise UserError(f"{meant[0]} is about a job: it needs --address http://HOST:8265")
@@ -177,9 +175,9 @@ def resume(
     manifest = opened.newest(sweep)
     only = _chosen(opened, sweep, failed, where, shard)
     options = _options(ctx, data_root, address, inline, track, max_workers, priority)
-    again = _resume_command(sweep, store, data_root, address, inline, *share_words(max_workers, priority))
-    outcome = _or_say_how_to_resume(again, lambda: run_sweep(opened, manifest, options, only))
-    _close(ctx, opened, outcome, again, form, output)
+    started = _given((), store, data_root, address, inline, track, *share_words(max_workers, priority))
+    outcome = _or_say_how_to_resume(started.resume(sweep), lambda: run_sweep(opened, manifest, options, only))
+    _close(ctx, opened, outcome, started, form, output)
 
 
 def _narrowed(failed: bool, where: str | None, shard: str | None) -> tuple[str, ...]:
@@ -192,7 +190,8 @@ def _narrowed(failed: bool, where: str | None, shard: str | None) -> tuple[str, 
 def _resume_there(
     ctx: click.Context,
     sweep: str,
-    options: tuple[str, ...],
+    narrowed: tuple[str, ...],
+    more: tuple[str, ...],
     store: str,
     data_root: str,
     server: str,
@@ -204,8 +203,8 @@ def _resume_there(
     location = absolute_store(store)
     with contextlib.suppress(StoreError):
         existing_store(store).newest(sweep)
-    words = ("resume", sweep, *options, "--store", location, "--data-root", absolute(data_root))
-    send(ctx, server, sweep, location, data_root, words, None, given)
+    words = ("resume", sweep, *narrowed, *more, "--store", location, "--data-root", absolute(data_root))
+    send(ctx, server, sweep, location, data_root, words, None, given, more=more)
 
 
 def _chosen(store: Store, sweep: str, failed: bool, where: str | None, shard: str | None) -> frozenset[str] | None:
@@ -233,19 +232,26 @@ def _or_say_how_to_resume(command: str, work: Callable[[], Outcome]) -> Outcome:
         raise
 
 
-def _resume_command(sweep: str, store: str, data_root: str, address: str | None, inline: bool, *more: str) -> str:
-    """What a person types to go on as they began."""
-    from orchestrator.drivers import submitted_as
+def _given(
+    spec: tuple[str, ...],
+    store: str,
+    data_root: str,
+    address: str | None,
+    inline: bool,
+    track: str | None,
+    *more: str,
+) -> Given:
+    """How a person started this run: SPEC with its --set, and the options."""
+    from orchestrator.advice import given
 
-    words = ["prunesweep", "resume", sweep, "--store", store, "--data-root", data_root]
-    if submitted_as():  # from where it was submitted, a cluster's own address is of no use
-        address = "http://HOST:8265"
-    words += ["--inline"] if inline else ["--address", address] if address else []
-    return shlex.join([*words, *more])
+    where = ("--inline",) if inline else ("--address", address) if address else ()
+    words = ("--store", store, "--data-root", data_root, *more, *(("--track", track) if track else ()))
+    return given(spec, words, where)
 
 
-def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form: str, output: Any) -> None:
+def _close(ctx: click.Context, store: Store, outcome: Outcome, started: Given, form: str, output: Any) -> None:
     """Print the table, then what went wrong; exit 3 if anything did."""
+    from orchestrator.advice import next_steps
     from orchestrator.cli import FAILED_TASKS
     from orchestrator.cli_corr import correlations, emit_correlations, say_fallbacks, say_notes
     from orchestrator.progress import some
@@ -265,7 +271,7 @@ def _close(ctx: click.Context, store: Store, outcome: Outcome, again: str, form:
     if outcome.failed:
         where = shlex.quote(store.location)
         click.echo(f'see    prunesweep query "select * from failures" --store {where}', err=True)
-    click.echo(f"go on  {again}", err=True)
+    click.echo(next_steps(store, outcome.sweep, started), err=True)
     sys.stdout.flush()
     ctx.exit(FAILED_TASKS)
 

@@ -79,7 +79,7 @@ def rerun(
     if save is not None and not save.parent.is_dir():
         raise click.UsageError(f"cannot write {save}: there is no folder {save.parent}")
     opened = existing_store(store)
-    row = find_row(opened, task_id)
+    row = find_row(opened, task_id, absolute(data_root))
     found = rerun(opened, row, absolute(data_root), keep if save else "none")
     if found.differing or output or form not in FOR_PEOPLE:
         emit(_differences(found), form, output)

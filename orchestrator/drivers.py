@@ -28,7 +28,8 @@ LOOK_SECONDS = 2.0
 FROZEN_SECONDS = 120.0
 """A worker at a shard whose note has not changed for this long is ended, and its shard given away."""
 
-_OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+OF_RAY = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Where Ray tells a job its metadata and its environment, as JSON."""
 
 
 class Driver:
@@ -129,7 +130,7 @@ def drivers(store: Store, sweep: str) -> list[dict[str, Any]]:
 def submitted_as() -> str | None:
     """The submission id of the Ray job that this process is, as Ray tells it; None for any other process."""
     try:
-        told = json.loads(os.environ.get(_OF_RAY, "{}"))
+        told = json.loads(os.environ.get(OF_RAY, "{}"))
         name = told["metadata"]["job_submission_id"]
     except (ValueError, TypeError, KeyError):
         return None

@@ -65,6 +65,8 @@ class Job:
     local: tuple[str, ...] = ()
     """Folders that are not uploaded with the working directory: the store and the data, where they are inside."""
     of_a_sweep: bool = True
+    again: tuple[tuple[str, str], ...] = ()
+    """More metadata: how the job was submitted, for what it advises (orchestrator/advice.py)."""
 
 
 @contextlib.contextmanager
@@ -116,14 +118,20 @@ def submit_job(address: str, job: Job) -> str:
             )
         arguments = as_ray_takes_it(job, name, Path(folder))
         for one in there.values():
-            if job.of_a_sweep and one.metadata == arguments["metadata"] and not one.status.is_terminal():
+            if job.of_a_sweep and _is_same_sweep(one, arguments["metadata"]) and not one.status.is_terminal():
                 say(f"{one.submission_id} runs {job.sweep} already: both will work on it")
         return _submit(client, arguments)
+
+
+def _is_same_sweep(job: JobDetails, metadata: dict[str, str]) -> bool:
+    """Whether a job works on the sweep, store and data that this metadata names."""
+    return all((job.metadata or {}).get(key) == metadata[key] for key in (SWEEP, STORE, DATA_ROOT))
 
 
 def as_ray_takes_it(job: Job, name: str, folder: Path) -> dict[str, Any]:
     """The arguments of Ray's submit_job. What is sent along of prunesweep is put into `folder`."""
     env_vars = {**STOP_WAIT, **dict(job.env)}
+    about = {SWEEP: job.sweep, STORE: job.store, DATA_ROOT: job.data_root, **dict(job.again)}
     runtime_env: dict[str, Any] = {"env_vars": env_vars}
     if job.working_dir is not None:
         runtime_env |= {"working_dir": str(job.working_dir), "excludes": excluded(job)}
@@ -133,7 +141,7 @@ def as_ray_takes_it(job: Job, name: str, folder: Path) -> dict[str, Any]:
         "entrypoint": entrypoint(job),
         "submission_id": name,
         "runtime_env": runtime_env,
-        "metadata": {SWEEP: job.sweep, STORE: job.store, DATA_ROOT: job.data_root} if job.of_a_sweep else {},
+        "metadata": about if job.of_a_sweep else {},
     }
 
 

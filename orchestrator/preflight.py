@@ -63,7 +63,8 @@ class Sizes:
 def check_models(cells: Iterable[Cell], data_root: str | None) -> None:
     """Raise UserError, a line for each problem, where a network of `cells` cannot be pruned as they want."""
     if problems := preflight(cells, data_root):
-        raise UserError("\n".join([*problems, "preflight: nothing was run; docs/support.md says what can be pruned"]))
+        todo = "Fix the cause and give the same command again; docs/support.md says what can be pruned"
+        raise UserError("\n".join([*problems, f"preflight: nothing was planned or run. {todo}"]))
 
 
 def preflight(cells: Iterable[Cell], data_root: str | None) -> list[str]:

@@ -121,8 +121,8 @@ class Queue:
             self._paused.add(cell_id)
             self.waiting = [shard for shard in self.waiting if not self._is_paused(shard)]
             self.problems.append(
-                f"cell {cell_id} is paused: {PAUSE_AFTER} of its tasks failed at the same place ({error}); "
-                "mend it and resume"
+                f"cell {cell_id} is paused: {PAUSE_AFTER} of its tasks failed at the same place ({error}). "
+                "Fix the cause and continue"
             )
 
     def _is_paused(self, shard: Shard) -> bool:

@@ -43,8 +43,8 @@ class Rerun:
         return all(_near(getattr(self.then, c), getattr(self.now, c)) for c in self.differing if c in BEFORE_RETRAINING)
 
 
-def find_row(store: Store, task_id: str) -> Row:
-    """The row, status done, of the one task whose id begins so. Raises UserError."""
+def find_row(store: Store, task_id: str, data_root: str | None = None) -> Row:
+    """The row, status done, of the one task whose id begins so. Raises UserError, with what to type instead."""
     from storage.sql import connection, quoted
 
     with connection(store) as con:
@@ -58,8 +58,25 @@ def find_row(store: Store, task_id: str) -> Row:
     if row.task().cell.dense.is_imported:
         raise UserError(f"task {row.task_id} was imported from a log ({row.versions}): it cannot be run here")
     if row.status != "done":
-        raise UserError(f"task {row.task_id} failed ({row.error_class}): it has no measurements to compare with")
+        raise UserError(
+            f"task {row.task_id} failed ({row.error_class}): it has no measurements to compare with."
+            f"{_instead(store, row, data_root)}"
+        )
     return row
+
+
+def _instead(store: Store, row: Row, data_root: str | None, *, edited: bool = False) -> str:
+    """What to type to run a row's task as its sweep plans it now, or that no sweep does. After an edit of the user's
+    code (`edited`) the sweep is planned again."""
+    from orchestrator.advice import Given, next_command
+    from orchestrator.plan import is_in
+
+    given = Given((), ("--store", store.location, *(("--data-root", data_root) if data_root else ())))
+    for manifest in store.manifests():
+        if is_in(store.plan_table(manifest, ["task_id"])["task_id"], [row.task_id]).any():
+            command = given.run(store, manifest) if edited else next_command(store, manifest, given)
+            return f" To run what {manifest.sweep} has unfinished:\n  {command}"
+    return " No sweep plans it any more: its sweep was planned again, or removed."
 
 
 def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
@@ -68,6 +85,7 @@ def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
     Raises UserError where its dense weights are not those of the row, or this device lacks the precision,
     or data or code are not what they were.
     """
+    from orchestrator.dropped import contents
     from workers.datasets import Changed, DataMissing
     from workers.task import run_and_return
     from workers.worker import DenseMissing, PrecisionMissing, Worker
@@ -80,7 +98,13 @@ def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
         ((now, network),) = run_and_return([task], worker, keep=keep, attempts=[1])
     except (DenseMissing, PrecisionMissing, DataMissing, Changed) as error:
         why = str(error) or "its dense weights are gone"
-        raise UserError(f"task {row.task_id} cannot be run here: {why}") from error
+        again = _instead(store, row, data_root, edited=True) if isinstance(error, Changed) else ""
+        raise UserError(f"task {row.task_id} cannot be run here: {why}.{again}") from error
+    except Exception as error:
+        if not (own := contents([task.cell])):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"task {row.task_id} failed here in code that uses {', '.join(own)}: {what}") from error
     (now,) = table_to_rows(rows_to_table([now]))  # curves are rounded to float32 on their way into a file
     columns = [name for name in SCHEMA.names if name not in PROVENANCE and name != "schema_version"]
     older = row.schema_version < now.schema_version  # then it lacks columns

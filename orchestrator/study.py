@@ -13,25 +13,37 @@ from pathlib import Path
 
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
+from storage.errors import StoreError
 
 SHORT = ("lenet5-mini-*", "resnet56-*", "resnet18-*")
 NOT_OF_THE_PAPER = ("digits",)
 
 
 def open_document(spec: str) -> Document:
-    """The document of a spec: a file's path, a study's name, or `-` for standard input. Raises UserError."""
+    """Return the document of a spec: a file's path or URI, a study's name, or `-` for standard input. Raises
+    UserError."""
     path = Path(spec)
     try:
         if spec == "-":
             return Document("standard input", sys.stdin.read())
+        if "://" in spec:
+            return Document(spec, _from_uri(spec).decode())
         if path.is_file():
             return Document(spec, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, StoreError) as error:
         raise UserError(f"cannot read {spec}: {error}") from error
     if spec in study_names():
         return open_study(spec)
     hint = nearest(spec, study_names())
     raise UserError(f"{spec} is neither a file nor a study{hint}; `prunesweep studies` lists the studies")
+
+
+def _from_uri(uri: str) -> bytes:
+    """The content of a file at a `pyarrow.fs` URI, as an object store has it. Raises OSError."""
+    from storage.store import Store
+
+    folder, _, name = uri.rpartition("/")
+    return Store(folder).read(name)
 
 
 def study_names() -> list[str]:

@@ -220,7 +220,7 @@ def test_python_raises(made: Store) -> None:
 def test_submit_refuses_before_anything_is_sent(made: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that is seen from here is looked at here; --replace is passed on to the job, and into manifests."""
     sent: list[tuple[str, ...]] = []
-    monkeypatch.setattr("orchestrator.cli_cluster.send", lambda *given: sent.append(given[5]))
+    monkeypatch.setattr("orchestrator.cli_cluster.send", lambda *given, **_: sent.append(given[5]))
     server = ("--address", "http://127.0.0.1:1")
     with pytest.raises(UserError, match=r"drops 12 of its 16 planned tasks"):
         CliRunner().invoke(command_line, ["submit", "made.json", *server, *NARROWER], catch_exceptions=False)
