@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from orchestrator.errors import ClusterError, UserError
+from orchestrator.phases import Phases
 from storage.errors import QueryError, SkippedFile, StoreError
 
 PROJECT_FILE = "prunesweep.toml"
@@ -48,6 +49,30 @@ COMMANDS = {
     "prefetch": "cli_setup",
     "doctor": "cli_doctor",
 }
+PHASES = {
+    "run": "checking the spec",
+    "plan": "checking the spec",
+    "resume": "reading the store",
+    "submit": "checking the spec",
+    "logs": "asking the job server",
+    "stop": "stopping the sweep",
+    "status": "reading the store",
+    "ls": "reading the store",
+    "rerun": "reading the store",
+    "compact": "merging row files",
+    "rm": "reading the store",
+    "export": "reading the store",
+    "diff": "comparing rows",
+    "corr": "reading the store",
+    "plot": "reading the store",
+    "report": "reading the store",
+    "import-logs": "reading the logs",
+    "studies": "expanding the studies",
+    "prefetch": "looking for data sets",
+    "doctor": "checking this machine",
+}
+"""The phase a command begins with. `query` reports its phase itself, after it has forked."""
+
 HELP = {
     "run": "Expand a spec or a study, run it, print the correlation table.",
     "plan": "Say what would run: cells, tasks, shards, cost. Runs nothing.",
@@ -115,7 +140,9 @@ def command_line(ctx: click.Context, debug: bool) -> None:
     An option not given is taken from the environment (PRUNESWEEP_STORE, PRUNESWEEP_DATA_ROOT), then
     from prunesweep.toml in the working directory, as `store = "results"`.
     """
-    ctx.obj = {"debug": debug}
+    ctx.obj = {"debug": debug, "phases": ctx.with_resource(Phases())}
+    if ctx.invoked_subcommand in PHASES:
+        ctx.obj["phases"](PHASES[ctx.invoked_subcommand])
     found = _project_file()
     # Ray's own address and its job server's are two things, and one option name.
     jobs = {**found, "address": found.get("job_server")}

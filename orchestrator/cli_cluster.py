@@ -28,6 +28,7 @@ from orchestrator.options import (
     share_words,
     store_option,
 )
+from orchestrator.phases import phases
 from orchestrator.render import Rendering, render_options, write_manifest
 from orchestrator.tracking import track_option
 from storage.errors import StoreError
@@ -122,10 +123,10 @@ def submit(
     from orchestrator.plan import check
     from orchestrator.preflight import check_models
 
-    document = read_spec(spec, overrides)
+    document, report = read_spec(spec, overrides), phases()
     data_root, location = absolute(data_root), absolute_store(store)
     with _started_in(given["working_dir"]):
-        checked = check(document, data_root)
+        checked = check(document, data_root, report)
         more = share_words(given["max_workers"], given["priority"]) + (("--track", track) if track else ())
         dropping = ("--replace",) if replace else ()
         if rendering:
@@ -136,7 +137,7 @@ def submit(
         _say_of_own_code(checked, given)
         if not replace:
             _check_kept(location, checked, document, data_root)
-        check_models(cells(checked, document, data_root), data_root)
+        check_models(cells(checked, document, data_root, report), data_root, report)
     words = ("run", "-", "--store", location, "--data-root", data_root, *more, *dropping)
     typed = () if spec == "-" else (spec, *(word for one in overrides for word in ("--set", one)))
     send(ctx, server, checked.name, location, data_root, words, document.text(), given, typed, more)
@@ -157,7 +158,7 @@ def _check_kept(location: str, spec: SweepSpec, document: Document, data_root: s
     except UserError:
         return
     if store.manifest(spec.name) is not None:
-        check_kept(store, spec, plan_content(planned(spec, document, data_root)))
+        check_kept(store, spec, plan_content(planned(spec, document, data_root, phases())))
 
 
 def _say_of_own_code(spec: SweepSpec, given: dict[str, Any]) -> None:
@@ -206,7 +207,8 @@ def send(
         local=(location, absolute(data_root)),
         again=_given_again(server, location, absolute(data_root), spec, more, given),
     )
-    name = submit_job(server, job)
+    name = submit_job(server, job, phases())
+    phases().rest()
     click.echo(name)
     _say_next(name, server, job)
     if not given["no_wait"]:
@@ -259,6 +261,7 @@ def _needed(address: str | None) -> str:
 
 def _follow(client: JobSubmissionClient, job: str, server: str) -> int:
     """Print a job's output as it comes, and return its exit code."""
+    phases().rest()
     shown = 0
     try:
         while True:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.options import FOR_PEOPLE, emit, existing_store, output_options, store_option, warn, where_option
+from orchestrator.phases import phases
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -156,7 +157,7 @@ def correlations(
 
     beside = BESIDE if y == DEFAULT_Y else None
     cells = cell_data(store, sweep, (x, y, beside) if beside else (x, y), where, warn)
-    found = claims(cells, x, y, resamples=resamples, every_interval=every)
+    found = claims(cells, x, y, resamples=resamples, every_interval=every, phase=phases())
     table = corr_table(found, show)
     if beside and show in ("cells", "all"):
         table = with_beside(table, kendalls([(cell.columns[x], cell.columns[beside]) for cell in cells]), beside)
@@ -177,7 +178,8 @@ def bench_table(store: Store, sweep: str, y: str, where: str | None, show: str, 
     from storage.tables import criteria_table, differences_table
 
     names = predictors(store, sweep)
-    lines, pairs = bench(cell_data(store, sweep, (*names, y), where, warn), y, names, resamples=resamples)
+    cells = cell_data(store, sweep, (*names, y), where, warn)
+    lines, pairs = bench(cells, y, names, resamples=resamples, phase=phases())
     return criteria_table(lines) if show == "criteria" else differences_table(pairs)
 
 
@@ -185,4 +187,4 @@ def early_table(store: Store, sweep: str, x: str, y: str, where: str | None, res
     """Accuracies after each epoch against y."""
     from storage import early, tables
 
-    return tables.early_table(early.early(store, sweep, x, y, where, warn, resamples=resamples))
+    return tables.early_table(early.early(store, sweep, x, y, where, warn, resamples=resamples, phase=phases()))

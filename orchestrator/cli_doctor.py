@@ -21,6 +21,7 @@ from orchestrator.options import (
     store_option,
     write_file,
 )
+from orchestrator.phases import phases
 
 if TYPE_CHECKING:
     from orchestrator.checks import Check
@@ -64,7 +65,11 @@ def doctor(
 
     if models:
         return _support(ctx, models, form, output)
-    lines = [*machine(), *libraries(), *of_store(store), *data(absolute(data_root))]
+    lines, report = [*machine()], phases()
+    report("importing the libraries, and building the compiled code")
+    lines += libraries()
+    report("checking the store and the data")
+    lines += [*of_store(store), *data(absolute(data_root))]
     lines += _cluster(address, store, absolute(data_root)) if address else []
     columns = ("check", "result", "what")
     emit(pa.Table.from_pylist([dict(zip(columns, line, strict=True)) for line in lines]), form, output)
@@ -105,8 +110,10 @@ def _from_here(address: str, store: str, data_root: str) -> list[Check]:
 
     if address == "auto":  # as Ray itself has it: a job is told its cluster there
         address = os.environ.get("RAY_ADDRESS", address)
+    phases()(f"connecting to the Ray cluster at {address}")
     check_reachable(address)
     with connected(Options(address=address), claiming=False):
+        phases()("waiting for the nodes to answer")
         nodes = ray.nodes()
         found = list(checks.cluster(nodes, address))
         here, ours = versions(), checks.code()
@@ -121,8 +128,10 @@ def _by_a_job(address: str, store: str, data_root: str) -> list[Check]:
 
     location = absolute_store(store)
     words = ("doctor", "--address", "auto", "--store", location, "--data-root", data_root, "-f", "jsonl")
-    name = submit_job(address, Job("doctor", location, words, submission_id=submission_id("doctor"), of_a_sweep=False))
+    job = Job("doctor", location, words, submission_id=submission_id("doctor"), of_a_sweep=False)
+    name = submit_job(address, job, phases())
     click.echo(f"looking from the cluster, as job {name}", err=True)
+    phases()(f"waiting for job {name}")
     text = finished(address, name)
     found = [(f"there: {check}", result, what) for check, result, what in _lines(text)]
     if not found:
@@ -154,9 +163,11 @@ def _support(ctx: click.Context, asked: tuple[str, ...], form: str, output: Path
         except ValueError as error:
             raise UserError(str(error)) from None
     found = []
+    phases()("trying network", 1, len(names))
     for i, finding in enumerate(findings(names), 1):
         click.echo(f"{i}/{len(names)} {finding.network}: {finding.result}", err=True)
         found.append(finding)
+        phases()("trying network", min(i + 1, len(names)), len(names))
     if form == "markdown" and output is not None:
         write_file(output, lambda: output.write_text(page(found)))
     else:

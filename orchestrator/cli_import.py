@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from orchestrator.options import absolute, data_root_option, read_spec, replace_option, set_option, store_option
+from orchestrator.phases import phases
 
 
 @click.command("import-logs")
@@ -62,9 +63,9 @@ def import_logs(
     document.override(f"name={json.dumps(name or load_spec(document).name + '-logs')}")
     document.override(f"grid.propagation={propagation}")
     opened = Store(store)
-    found = import_logs(
-        opened, logs, document, Choice(layers, ratio, seed, dense), absolute(data_root), replace=replace
-    )
+    choice = Choice(layers, ratio, seed, dense)
+    found = import_logs(opened, logs, document, choice, absolute(data_root), replace=replace, report=phases())
+    phases().rest()
     click.echo(found.sweep)
     known = f", {some(found.known, 'row')} there already" if found.known else ""
     where_store = "" if store == "results" else f" --store {shlex.quote(store)}"

@@ -9,6 +9,7 @@ import click
 
 from orchestrator.cli_corr import x_option, y_option
 from orchestrator.options import existing_store, store_option, warn, where_option, write_file
+from orchestrator.phases import phases
 
 KINDS = ("scatter", "heatmap", "ratio-curve", "forest", "criteria", "early", "parcoords")
 """storage.figures.KINDS, without importing what draws them."""
@@ -73,7 +74,8 @@ def plot(
     if not path.parent.is_dir():
         raise click.UsageError(f"cannot write {path}: there is no folder {path.parent}")
     hover = path.suffix == ".html" and kind == "scatter"
-    data = load(existing_store(store), sweep, kind, x, y, where, warn, removed=hover)
+    data = load(existing_store(store), sweep, kind, x, y, where, warn, removed=hover, phase=phases())
+    phases()(f"drawing {path}")
     write_file(path, lambda: save(kind, data, path, width=width))
     click.echo(str(path))
     where_store = "" if store == "results" else f" --store {shlex.quote(store)}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.options import emit, existing_store, output_options, store_option, warn
+from orchestrator.phases import phases
 
 if TYPE_CHECKING:
     from orchestrator.jobs import SweepJob
@@ -89,7 +90,8 @@ def status(
 ) -> None:
     """How SWEEP stands: tasks done, failed, running and pending, pace, and who is at work on it.
 
-    A task counts as running while its worker gives signs of life; 60 s without one, and it does not.
+    A task counts as running while its worker gives signs of life; 60 s without one, and it does not. A worker that
+    trains a dense model or prepares a shard counts as running the first task that waits for it.
 
     \b
     prunesweep status digits
@@ -105,7 +107,9 @@ def status(
     _say_jobs([job for job in _jobs(address) if job.sweep == sweep])
     opened = existing_store(store)
     while True:
+        phases()("reading the store")
         found = standing(opened, sweep, "failure" if failed else by, warn)
+        phases().rest()
         if watch and sys.stdout.isatty():
             click.clear()
         emit(found.table, form, output)
@@ -131,7 +135,10 @@ def _say_standing(sweep: str, found: Standing) -> None:
         click.echo(f"failed: {one['error_class']}, {some(one['tasks'], 'task')}, as {example}", err=True)
     for fallback in found.fallbacks:
         click.echo(slower(fallback), err=True)
+    for phase in found.phases:
+        click.echo(phase, err=True)
     for driver in found.drivers:
         sign = f"last sign of life {driver['seconds_since_sign']:.0f} s ago"
         where = f"on {driver['host']}, process {driver['pid']}, since {driver['started_at']} UTC"
-        click.echo(f"a driver is at work {where}, {sign}", err=True)
+        phase = f": {driver['phase']}" if driver["phase"] and not found.phases else ""
+        click.echo(f"a driver is at work {where}, {sign}{phase}", err=True)

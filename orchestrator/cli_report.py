@@ -11,6 +11,7 @@ import click
 
 from orchestrator.cli_corr import x_option, y_option
 from orchestrator.options import existing_store, store_option, write_file
+from orchestrator.phases import phases
 
 if TYPE_CHECKING:
     from storage.report import Commands
@@ -48,8 +49,10 @@ def report(sweep: str, x: str, y: str, store: str, output: Path | None) -> None:
         raise click.UsageError(f"{path}: a report is HTML; name it {path.with_suffix('.html')}")
     if not path.parent.is_dir():
         raise click.UsageError(f"cannot write {path}: there is no folder {path.parent}")
-    facts = gather(existing_store(store), sweep, x, y, version("prunesweep"))
-    text = page(facts, draw(facts), commands(facts, store, path.name))
+    facts = gather(existing_store(store), sweep, x, y, version("prunesweep"), phases())
+    figures = draw(facts, phases())
+    phases()("writing the page")
+    text = page(facts, figures, commands(facts, store, path.name))
     write_file(path, lambda: path.write_text(text, encoding="utf-8"))
     click.echo(str(path))
     for name, part in (("the tables", facts.claims), ("criteria", facts.criteria), ("early epochs", facts.early)):

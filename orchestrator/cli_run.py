@@ -29,6 +29,7 @@ from orchestrator.options import (
     share_words,
     store_option,
 )
+from orchestrator.phases import phases
 from orchestrator.tracking import track_option
 from storage.errors import StoreError
 
@@ -116,7 +117,9 @@ def run(
     options = _options(ctx, data_root, address, inline, track, max_workers, priority)
     words = () if spec == "-" else (spec, *(word for one in overrides for word in ("--set", one)))
     started = _given(words, store, data_root, address, inline, track, *share_words(max_workers, priority))
-    outcome = _or_say_how_to_resume(started.resume(name), lambda: run_spec(opened, document, options, replace=replace))
+    outcome = _or_say_how_to_resume(
+        started.resume(name), lambda: run_spec(opened, document, options, phases(), replace=replace)
+    )
     _close(ctx, opened, outcome, started, form, output)
 
 
@@ -176,7 +179,7 @@ def resume(
     only = _chosen(opened, sweep, failed, where, shard)
     options = _options(ctx, data_root, address, inline, track, max_workers, priority)
     started = _given((), store, data_root, address, inline, track, *share_words(max_workers, priority))
-    outcome = _or_say_how_to_resume(started.resume(sweep), lambda: run_sweep(opened, manifest, options, only))
+    outcome = _or_say_how_to_resume(started.resume(sweep), lambda: run_sweep(opened, manifest, options, only, phases()))
     _close(ctx, opened, outcome, started, form, output)
 
 
@@ -257,6 +260,7 @@ def _close(ctx: click.Context, store: Store, outcome: Outcome, started: Given, f
     from orchestrator.progress import some
 
     if outcome.done:
+        phases()("computing the statistics")
         emit_correlations(correlations(store, outcome.sweep)[0], form, output)
         say_fallbacks(store, outcome.sweep)
         say_notes(form)
@@ -302,8 +306,8 @@ def plan(
     from orchestrator.progress import duration, some
     from storage.store import Store
 
-    document = read_spec(spec, overrides)
-    checked = check(document, absolute(data_root))
+    document, report = read_spec(spec, overrides), phases()
+    checked = check(document, absolute(data_root), report)
     opened = Store(store)
     try:
         check_data(checked.grid.dataset, absolute(data_root))
@@ -312,13 +316,15 @@ def plan(
             raise
         click.echo(f"warning: {error}", err=True)  # the cluster that runs it may have them
     if preflight:
-        check_models(cells(checked, document, absolute(data_root)), absolute(data_root))
-    table = planned_table(checked, document, absolute(data_root))
+        check_models(cells(checked, document, absolute(data_root), report), absolute(data_root), report)
+    table = planned_table(checked, document, absolute(data_root), report)
+    report("looking for finished tasks")
     change, found = change_of(opened, checked, table), make_plan(opened, checked, table)
+    report("estimating the cost")
+    cost = estimate(opened, found)
     emit(pa.Table.from_pylist(_cell_lines(found)), form, output)
     for line in dict.fromkeys(line for one in found.cells for line in sets_of(one.cell)):
         click.echo(line, err=True)
-    cost = estimate(opened, found)
     known = f"about {duration(cost.worker_seconds)} of one worker"
     if cost.unknown:
         known = (

@@ -8,6 +8,7 @@ import click
 
 from orchestrator.errors import UserError
 from orchestrator.options import absolute, data_root_option, emit, output_options
+from orchestrator.phases import phases
 
 
 @click.command()
@@ -73,8 +74,9 @@ def prefetch(datasets: tuple[str, ...], data_root: str) -> None:
 def _fetch(name: str, data_root: str) -> str:
     from workers.datasets import find_dataset
 
+    phases()(f"looking for {name}")
     try:
-        dataset = find_dataset(name, data_root)
+        dataset = find_dataset(name, data_root, phases())
     except ValueError as error:
         raise UserError(f"{error}; prefetch cannot download it") from None
     if not dataset.files:
@@ -83,6 +85,8 @@ def _fetch(name: str, data_root: str) -> str:
         return f"{name}: already under {data_root}"
     from torchvision import datasets as torchvision_datasets
 
+    phases().rest()  # torchvision shows a bar of its own
+    click.echo(f"downloading {name} to {data_root}", err=True)
     try:
         for train in (True, False):
             getattr(torchvision_datasets, str(dataset.source))(data_root, train=train, download=True)

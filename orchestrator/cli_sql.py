@@ -23,6 +23,7 @@ from orchestrator.options import (
     width,
     write_file,
 )
+from orchestrator.phases import phases
 from storage.errors import QueryError
 
 if TYPE_CHECKING:
@@ -186,7 +187,10 @@ def answer(
         table = run_query(store, sql, lambda problem: said.append(skipped(problem)), parameters, limits.memory)
         return Done(_rendered(table, form, columns), tuple(said))
 
-    done = confined(work, limits)
+    try:
+        done = confined(work, limits, lambda: phases()("asking the store"))
+    finally:
+        phases().rest()  # a prompt may follow, and a fork
     for line in done.said:
         click.echo(line, err=True)
     return done.answer
@@ -232,7 +236,7 @@ def export(sweep: str | None, everything: bool, output: Path, force: bool, store
         raise click.UsageError(f"cannot write {output}: there is no folder {output.parent}")
     written: list[int] = []
     found = existing_store(store)
-    write_file(output, lambda: written.append(write(found, sweep, output, force=force, report=warn)))
+    write_file(output, lambda: written.append(write(found, sweep, output, force=force, report=warn, phase=phases())))
     click.echo(f"wrote {output}: {_count(written[0], 'row')}", err=True)
 
 

@@ -18,6 +18,7 @@ from orchestrator.options import (
     store_option,
     write_file,
 )
+from orchestrator.phases import phases
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,7 +81,7 @@ def rerun(
         raise click.UsageError(f"cannot write {save}: there is no folder {save.parent}")
     opened = existing_store(store)
     row = find_row(opened, task_id, absolute(data_root))
-    found = rerun(opened, row, absolute(data_root), keep if save else "none")
+    found = rerun(opened, row, absolute(data_root), keep if save else "none", phases())
     if found.differing or output or form not in FOR_PEOPLE:
         emit(_differences(found), form, output)
     click.echo(_verdict(found), err=True)
@@ -169,6 +170,7 @@ def _remove_unused(store: Store, yes: bool) -> None:
 
 
 def _confirm(question: str, yes: bool) -> None:
+    phases().rest()
     try:
         sure = yes or click.confirm(question, err=True)
     except click.Abort:

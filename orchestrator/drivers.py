@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StoreError
+from storage.phases import Phase
 from storage.records import filed_under
 from storage.signs import Sign, counts, living, signs
 from workers.pulse import stop_note
@@ -43,7 +44,7 @@ class Driver:
         store: Store,
         sweep: str,
         address: str | None,
-        counts_of: Callable[[], Mapping[str, int]],
+        counts_of: Callable[[], Mapping[str, Any]],
         asked: Mapping[str, Any] | None = None,
     ) -> None:
         self._store, self.sweep = store, sweep
@@ -54,6 +55,7 @@ class Driver:
         self.elsewhere: frozenset[str] = frozenset()
         self.end_worker: Callable[[Mapping[str, Any]], None] = lambda _: None
         self.report: Callable[[str], None] = lambda _: None
+        self.see_phases: Callable[[tuple[Phase, ...] | None], None] = lambda _: None
         self._beats: dict[str, tuple[str, float]] = {}
         self._told = self._hurried = False
 
@@ -97,6 +99,8 @@ class Driver:
             self._beats.clear()  # ours cannot be written either: it is the store that is still
         others = [n for n in notes.values() if n.get("driver") != self.id and n.get("shard") and counts(n)]
         self.elsewhere = frozenset(filed_under(str(note["shard"])) for note in others)
+        mine = [n for n in notes.values() if n.get("driver") == self.id and n.get("shard") and counts(n)]
+        self.see_phases(tuple(found for note in mine if (found := Phase.from_note(note))) if mine else None)
         for name, note in notes.items():
             for message in note.get("messages", ()) if note.get("driver") == self.id else ():
                 self.report(message)

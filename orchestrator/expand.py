@@ -20,6 +20,7 @@ from orchestrator.spec import DenseTraining, Retraining, SweepSpec
 from pruners.candidates import MAX_ALL, Space, n_removed
 from pruners.pruners import find_pruner, n_removed_together, problem_of, pruner_content
 from storage.identity import CELL_DEFAULTS, SCHEMA_VERSION
+from storage.phases import Report, silent
 from storage.records import Cell, ChannelSets, Dense, Recipe, Task
 from workers.datasets import DataMissing, dataset_content, find_dataset
 
@@ -30,22 +31,27 @@ SHOWN = 4
 """Layers that a message names one by one."""
 
 
-def cells(spec: SweepSpec, document: Document, data_root: str | None = None) -> Iterator[Cell]:
+def cells(spec: SweepSpec, document: Document, data_root: str | None = None, report: Report = silent) -> Iterator[Cell]:
     """The cells of the grid, each once. Raises UserError for a point that cannot be."""
     seen: set[str] = set()
-    for cell in _grid(spec, document, data_root):
+    for cell in _grid(spec, document, data_root, report):
         if cell.cell_id not in seen:
             seen.add(cell.cell_id)
+            report("planning cell", len(seen))
             yield cell
 
 
-def _grid(spec: SweepSpec, document: Document, data_root: str | None) -> Iterator[Cell]:
+def _grid(spec: SweepSpec, document: Document, data_root: str | None, report: Report) -> Iterator[Cell]:
     grid = spec.grid
     for name, dataset, dense_training in product(grid.model, grid.dataset, spec.dense):
         model = absolute_model(name)
-        _check_input(model, dataset, data_root, document)
+        report(f"reading {dataset}")
+        _check_input(model, dataset, data_root, document, report)
         content = _content(model=model_content(model), dataset=_data_content(dataset, data_root))
+        if weights_file(dense_training.weights):
+            report(f"hashing {dense_training.weights}")
         recipe, weights = _recipe_and_weights(model, dense_training, document)
+        report("tracing network", grid.model.index(name) + 1, len(grid.model))
         dense = Dense(model, dataset, recipe, spec.validation, (*content, *weights))
         known = _Known(model, dataset, data_root)
         points = [(kind, layers) for kind in grid.granularity for layers in _layer_points(spec, known, kind, document)]
@@ -140,9 +146,9 @@ def _data_content(dataset: str, data_root: str | None) -> str | None:
         return "missing"
 
 
-def _check_input(model: str, dataset: str, data_root: str | None, document: Document) -> None:
+def _check_input(model: str, dataset: str, data_root: str | None, document: Document, report: Report) -> None:
     try:
-        given = find_dataset(dataset, data_root).shape
+        given = find_dataset(dataset, data_root, report).shape
     except DataMissing:
         return
     except ValueError as error:

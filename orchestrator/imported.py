@@ -20,6 +20,7 @@ from pruners.candidates import n_removed
 from pruners.pruners import find_pruner
 from storage.identity import canonical_json, digest, join_id
 from storage.manifest import plan_content, read_plan
+from storage.phases import Report, silent
 from storage.records import IMPORTED, Cell, Removed, Row, Shard, Task, Tasks, row_for
 from storage.reference_logs import LoggedCandidate, LoggedEpoch, ReferenceLog, Values, read_log
 
@@ -68,11 +69,13 @@ class Imported:
     stray: int
 
 
-def read_logs(paths: Sequence[Path]) -> list[ReferenceLog]:
+def read_logs(paths: Sequence[Path], report: Report = silent) -> list[ReferenceLog]:
     """Every log in these files and folders, by path. Raises UserError for one that cannot be read, QueryError for one
     that is not of the form."""
     logs = []
-    for path in _files(paths):
+    files = list(_files(paths))
+    for number, path in enumerate(files, 1):
+        report("reading log", number, len(files))
         try:
             with path.open(encoding="utf-8", errors="replace") as lines:
                 logs.append(read_log(lines, str(path)))
@@ -102,16 +105,18 @@ def import_logs(
     data_root: str | None = None,
     *,
     replace: bool = False,
+    report: Report = silent,
 ) -> Imported:
     """Write the rows that the logs have and the store has not, and the sweep they make. `document` is the spec whose
     cells the logs are of; its name is the sweep's. Raises UserError or QueryError, and then writes nothing; UserError
     also where the sweep would lose planned tasks, unless `replace`."""
     _check_name_is_free(store, document)
-    logs = read_logs(paths)
+    logs = read_logs(paths, report)
     having = [log for log in logs if log.candidates]
     if not having:
         raise UserError(f"no candidate ([k/N] pruned_index_pair ...) in {_some_names([log.name for log in logs])}")
     _check_percent(having)
+    report("matching the logs to cells")
     cells = _cells(document, choice, data_root)
     placed = _placed(having, cells, choice)
     tasks = _grid(placed)
@@ -122,6 +127,7 @@ def import_logs(
     done = store.statuses() if store.exists() else {}
     rows = [_row(one) for one in placed if one.complete]
     new = [row for row in rows if done.get(row.task_id) != "done"]
+    report("writing the rows")
     store.check_writable()
     for cell_tasks in tasks:
         shard, cell_id = _shard(cell_tasks), cell_tasks.cell.cell_id

@@ -21,6 +21,7 @@ from orchestrator.auth import refusal
 from orchestrator.cluster import SHIPPED, check_job_server, environment, first_line
 from orchestrator.errors import ClusterError, UserError
 from orchestrator.progress import say
+from storage.phases import Report, silent
 from storage.records import utc_now
 
 if TYPE_CHECKING:
@@ -102,13 +103,15 @@ def submission_id(sweep: str) -> str:
     return f"{sweep}-{utc_now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def submit_job(address: str, job: Job) -> str:
+def submit_job(address: str, job: Job, report: Report = silent) -> str:
     """Submit a job; return its submission id. Raises UserError where the id is taken or the upload is too large."""
     name = job.submission_id or submission_id(job.sweep)
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"--submission-id {name}: letters, digits, '.', '_' and '-' are allowed")
     if job.working_dir is not None:
+        report(f"measuring {job.working_dir}")
         check_size(job.working_dir, excluded(job))
+    report("asking the job server")
     with tempfile.TemporaryDirectory(prefix="prunesweep-job-") as folder, job_server(address) as client:
         there = {one.submission_id: one for one in client.list_jobs()}
         if name in there:
@@ -116,11 +119,12 @@ def submit_job(address: str, job: Job) -> str:
                 f"this cluster has a job {name} already ({there[name].status.value.lower()}): give another "
                 f"--submission-id, or none; `prunesweep logs {name}` shows its output"
             )
+        report("packing prunesweep")
         arguments = as_ray_takes_it(job, name, Path(folder))
         for one in there.values():
             if job.of_a_sweep and _is_same_sweep(one, arguments["metadata"]) and not one.status.is_terminal():
                 say(f"{one.submission_id} runs {job.sweep} already: both will work on it")
-        return _submit(client, arguments)
+        return _submit(client, arguments, report)
 
 
 def _is_same_sweep(job: JobDetails, metadata: dict[str, str]) -> bool:
@@ -241,15 +245,17 @@ def _measured(folder: Path, excludes: list[str]) -> tuple[dict[str, int], int] |
         return None
 
 
-def _submit(client: JobSubmissionClient, job: dict[str, Any]) -> str:
+def _submit(client: JobSubmissionClient, job: dict[str, Any], report: Report) -> str:
     """Submit a job; a cluster that has just started may take a while until it takes any."""
     give_up = time.monotonic() + AGENT_SECONDS
     while True:
         try:
+            report("uploading")
             return client.submit_job(**job)
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > give_up:
                 raise
+            report("waiting for the cluster's job agent")
             time.sleep(1)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from models.registry import MLP, MODELS, LeNet5
 from orchestrator.documents import Document, Path_
 from orchestrator.errors import UserError
+from storage.phases import Report, silent
 from workers.datasets import Dataset, find_dataset
 from workers.rates import steps_in_epoch, steps_left
 
@@ -94,24 +95,25 @@ class Refusal:
         return f"{f'`{self.module}` ({self.kind}) of ' if self.module else ''}{model} fails: {self.error}"
 
 
-def check_minibatches(spec: SweepSpec, document: Document, data_root: str | None) -> None:
+def check_minibatches(spec: SweepSpec, document: Document, data_root: str | None, report: Report = silent) -> None:
     """Raise UserError, a line for each problem, if training would call a network with one sample that cannot be
     trained on one.
 
     Data sets that are not on this machine are left out, and so are the networks of transformers. With several processes
     for one task nothing is looked at: their batch norms take statistics over all of them.
     """
-    if spec.resources.processes == 1 and (problems := dict.fromkeys(_problems(spec, document, data_root))):
+    if spec.resources.processes == 1 and (problems := dict.fromkeys(_problems(spec, document, data_root, report))):
         raise UserError("\n".join(problems))
 
 
-def _problems(spec: SweepSpec, document: Document, data_root: str | None) -> Iterator[str]:
+def _problems(spec: SweepSpec, document: Document, data_root: str | None, report: Report) -> Iterator[str]:
     datasets = _here(spec.grid.dataset, data_root)
     sizes = {name: found.train_size - int(found.train_size * spec.validation) for name, found in datasets.items()}
     for path, training in _trainings(spec, document):
         recipe = training.recipe()
         for name in (name for name, n in sizes.items() if leaves_one_alone(n, recipe)):
             for model in filter(_may_refuse, spec.grid.model):
+                report(f"checking minibatches of one sample with {model}")
                 refusal = refusal_of(model, datasets[name].classes, datasets[name].shape)
                 if refusal and refusal.of_size:
                     yield _of_size(document, path, recipe, sizes[name], sizes.values(), refusal.of(model))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.errors import UserError
+from orchestrator.phases import phases
 from storage.errors import StoreError
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ def width(output: Path | None) -> int | None:
 
 
 def put(content: bytes, output: Path | None) -> None:
-    """Print `content`, or write it to a file."""
+    """Print `content`, or write it to a file. It ends the phase that stderr shows."""
+    phases().rest()
     if output is None:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()

@@ -22,6 +22,7 @@ from storage.commit import room
 from storage.errors import StoreError
 from storage.identity import join_id
 from storage.manifest import REPEATING, Manifest, plan_batches
+from storage.phases import Report, silent
 from storage.records import Cell, Dense, Shard, Tasks
 from workers.datasets import find_dataset, missing_message
 
@@ -68,12 +69,15 @@ class Plan:
         return sum(len(shard.tasks) for shard in self.shards)
 
 
-def planned(spec: SweepSpec, document: Document, data_root: str | None = None) -> Iterator[Shard]:
+def planned(
+    spec: SweepSpec, document: Document, data_root: str | None = None, report: Report = silent
+) -> Iterator[Shard]:
     """Every task of a spec in its shard, in the order of the grid: cell, candidate, seed."""
-    cells = list(expand.cells(spec, document, data_root))
+    cells = list(expand.cells(spec, document, data_root, report))
     counts = [expand.candidate_count(cell, spec.candidates.count, data_root) for cell in cells]
     block = block_size(spec, sum(counts))
-    for cell, count in zip(cells, counts, strict=True):
+    for place, (cell, count) in enumerate(zip(cells, counts, strict=True), 1):
+        report("planning the tasks of cell", place, len(cells))
         for first in range(0, count, block):
             pairs = product(range(first, min(first + block, count)), spec.grid.seed)
             yield Shard(shard_id(cell.cell_id, first, block), Tasks.from_pairs(cell, pairs), block=block)
@@ -123,13 +127,14 @@ class Codes:
         return Codes(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
 
 
-def check(document: Document, data_root: str | None = None) -> SweepSpec:
+def check(document: Document, data_root: str | None = None, report: Report = silent) -> SweepSpec:
     """The spec of a document, checked to the last cell. Raises UserError."""
+    report("checking the spec")
     spec = load_spec(document)
-    for _ in expand.cells(spec, document, data_root):
+    for _ in expand.cells(spec, document, data_root, report):
         pass
     expand.check_data_fits(spec, document, data_root)
-    check_minibatches(spec, document, data_root)
+    check_minibatches(spec, document, data_root, report)
     return spec
 
 
@@ -209,14 +214,19 @@ def missing_denses(store: Store, shards: Iterable[Shard]) -> tuple[Dense, ...]:
     return tuple(dense for dense_id, dense in needed.items() if dense_id not in there)
 
 
-def plan_of_spec(store: Store, spec: SweepSpec, document: Document, data_root: str | None = None) -> Plan:
+def plan_of_spec(
+    store: Store, spec: SweepSpec, document: Document, data_root: str | None = None, report: Report = silent
+) -> Plan:
     """The plan of a spec that has not been recorded yet."""
-    return make_plan(store, spec, planned_table(spec, document, data_root))
+    return make_plan(store, spec, planned_table(spec, document, data_root, report))
 
 
-def planned_table(spec: SweepSpec, document: Document, data_root: str | None = None) -> pa.Table:
+def planned_table(
+    spec: SweepSpec, document: Document, data_root: str | None = None, report: Report = silent
+) -> pa.Table:
     """Return PLAN_COLUMNS of every task of a spec, in the order of the grid."""
-    return pa.Table.from_batches(_for_a_plan(batch) for batch in plan_batches(planned(spec, document, data_root)))
+    batches = plan_batches(planned(spec, document, data_root, report))
+    return pa.Table.from_batches(_for_a_plan(batch) for batch in batches)
 
 
 def _for_a_plan(batch: pa.RecordBatch) -> pa.RecordBatch:

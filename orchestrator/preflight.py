@@ -21,6 +21,7 @@ from models.weights import file_hash, is_file
 from orchestrator.errors import UserError
 from orchestrator.progress import say
 from pruners.candidates import n_removed
+from storage.phases import Report, silent
 from usercode import is_code, load
 from workers.datasets import DataMissing, find_dataset
 from workers.execution import installed
@@ -60,14 +61,14 @@ class Sizes:
     reason: str | None
 
 
-def check_models(cells: Iterable[Cell], data_root: str | None) -> None:
+def check_models(cells: Iterable[Cell], data_root: str | None, report: Report = silent) -> None:
     """Raise UserError, a line for each problem, where a network of `cells` cannot be pruned as they want."""
-    if problems := preflight(cells, data_root):
+    if problems := preflight(cells, data_root, report):
         todo = "Fix the cause and give the same command again; docs/support.md says what can be pruned"
         raise UserError("\n".join([*problems, f"preflight: nothing was planned or run. {todo}"]))
 
 
-def preflight(cells: Iterable[Cell], data_root: str | None) -> list[str]:
+def preflight(cells: Iterable[Cell], data_root: str | None, report: Report = silent) -> list[str]:
     """What stands in the way of pruning the networks of `cells`, a line for each; what passed once is not tried
     again.
     """
@@ -78,11 +79,13 @@ def preflight(cells: Iterable[Cell], data_root: str | None) -> list[str]:
     problems += [found for pruner in dict.fromkeys(cell.pruner for cell in cells) if (found := _not_callable(pruner))]
     if problems:
         return problems
-    for subject in _subjects(tried, data_root):
+    subjects = _subjects(tried, data_root)
+    for number, subject in enumerate(subjects, 1):
+        report("preflight network", number, len(subjects))
         note = _note(subject)
         if note.exists():
             continue
-        found = list(problems_of(subject))
+        found = list(problems_of(subject, report, f"preflight network {number} of {len(subjects)}: pruning"))
         problems += found
         if not found:
             _write(note)
@@ -157,7 +160,7 @@ def _subjects(cells: Iterable[Cell], data_root: str | None) -> list[Subject]:
     return [Subject(s.model, s.classes, s.shape, s.weights, tuple(of)) for s, of in prunings.items()]
 
 
-def problems_of(subject: Subject) -> Iterator[str]:
+def problems_of(subject: Subject, report: Report = silent, phase: str = "preflight: pruning") -> Iterator[str]:
     """Yield what stands in the way of a network's prunings: it is built, saved and loaded, and each pruning is tried as
     a worker would do it."""
     import torch
@@ -177,7 +180,8 @@ def problems_of(subject: Subject) -> Iterator[str]:
         except ValueError as error:
             yield f"{subject.model}: {_without_name(subject.model, error)}"
             return
-        for layers, granularity in subject.prunings:
+        for number, (layers, granularity) in enumerate(subject.prunings, 1):
+            report(phase, number, len(subject.prunings))
             try:
                 check_pruning(model, layers, granularity, probe, subject.model)
             except ValueError as error:

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from storage.phases import TRAINING_DENSE, Phase
+
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from orchestrator.phases import Phases
     from storage.fallbacks import Fallback
 
 HEARTBEAT_SECONDS = 15.0
+"""How often a long command says without a terminal that it is at work."""
+
+QUIET_SECONDS = 2.0
+"""A command that takes no longer than this reports no phase."""
 
 
 @dataclass
 class Progress:
-    """Counts of one run's tasks, shown as they change."""
+    """Counts of one run's tasks, shown as they change, and the phase of the run or of its workers.
+
+    `phase` is the driver's; `at_work` are the phases of its workers, None until a worker shows itself. Any thread may
+    change them and call `beat`.
+    """
 
     total: int
     done: int = 0
@@ -28,10 +42,14 @@ class Progress:
     first: float | None = None
     before: int = 0
     last_beat: float = field(default_factory=time.monotonic)
+    phase: Phase | None = None
+    at_work: tuple[Phase, ...] | None = None
+    said: str | None = None
+    beating: Any = field(default_factory=threading.Lock)
 
-    def counts(self) -> dict[str, int]:
-        """What a driver's note says of its run."""
-        return {"to_run": self.total, "done": self.done, "failed": self.failed}
+    def counts(self) -> dict[str, Any]:
+        """Return the counts and the phase that a driver's note shows of its run."""
+        return {"to_run": self.total, "done": self.done, "failed": self.failed, "phase": self.phase_text() or None}
 
     def advance(self, done: int, failed: int) -> None:
         """`done` and `failed` more tasks have rows."""
@@ -44,11 +62,42 @@ class Progress:
         self.beat()
 
     def beat(self) -> None:
-        """A line now and then, where there is no terminal."""
-        now = time.monotonic()
-        if self.bar is None and now - self.last_beat >= HEARTBEAT_SECONDS:
-            self.last_beat = now
-            say(self.line())
+        """Show the phase: on a terminal at once, elsewhere with the counts in a line now and then.
+
+        Until a task has ended, a phase with another name is worth a line of its own.
+        """
+        phase, now = self.shown_phase(), time.monotonic()
+        if self.bar is not None:
+            self.bar.update(self.bar_task, phase=self.phase_text())
+            return
+        if not self.beating.acquire(blocking=False):  # another thread is at it
+            return
+        try:
+            is_new = phase is not None and phase.name != self.said and not self.done + self.failed
+            if now - self.last_beat >= (QUIET_SECONDS if is_new else HEARTBEAT_SECONDS):
+                self.last_beat, self.said = now, phase.name if phase else None
+                say("; ".join(filter(None, [self.line(), self.phase_text()])))
+        finally:
+            self.beating.release()
+
+    def see_phases(self, at_work: tuple[Phase, ...] | None) -> None:
+        """Take the phases of the workers, or None while no worker is at a shard."""
+        self.at_work = at_work
+        self.beat()
+
+    def shown_phase(self) -> Phase | None:
+        """Return the phase of a worker, a dense model's training first; while no worker shows itself, the driver's."""
+        if self.at_work is None:
+            return self.phase
+        return min(self.at_work, key=lambda phase: not phase.name.startswith(TRAINING_DENSE), default=None)
+
+    def phase_text(self) -> str:
+        """Return the phase in words, with the number of other dense models in training; empty without a phase."""
+        phase = self.shown_phase()
+        if phase is None:
+            return ""
+        more = sum(one.name.startswith(TRAINING_DENSE) for one in self.at_work or ()) - 1
+        return f"{phase} and {some(more, 'other dense model')}" if more > 0 else str(phase)
 
     def line(self) -> str:
         """`12/90 tasks, 1 failed, 0:42 elapsed, 4:33 left`."""
@@ -56,8 +105,8 @@ class Progress:
         # Starting and training dense models says nothing about the pace of tasks.
         paced = finished - self.before
         pace = (now - self.first) / paced if self.first and paced else None
-        left = "?" if pace is None else _clock(pace * (self.total - finished))
-        return f"{finished}/{self.total} tasks{self._failed()}, {_clock(now - self.started)} elapsed, {left} left"
+        left = "?" if pace is None else clock(pace * (self.total - finished))
+        return f"{finished}/{self.total} tasks{self._failed()}, {clock(now - self.started)} elapsed, {left} left"
 
     def _failed(self) -> str:
         return f", {self.failed} failed" if self.failed else ""
@@ -90,15 +139,22 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return `0:42`, `1:04:33`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Progress]:
-    """Progress of a run of `total` tasks."""
+def progress(total: int, phases: Phases | None = None) -> Iterator[Progress]:
+    """Show the progress of a run of `total` tasks, with its `phases`."""
+    with _progress(total) as shown, phases.counting(shown) if phases else nullcontext():
+        yield shown
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield Progress(total)
         return
@@ -112,6 +168,7 @@ def progress(total: int) -> Iterator[Progress]:
         TimeRemainingColumn,
     )
     from rich.progress import Progress as Bar
+    from rich.text import Text
 
     columns = (
         SpinnerColumn(),
@@ -123,5 +180,15 @@ def progress(total: int) -> Iterator[Progress]:
         TextColumn("elapsed, left"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        yield Progress(total, bar=bar, bar_task=bar.add_task("tasks", total=total, failed=""))
+
+    class TwoLines(Bar):
+        """The bar, and the phase in a line below it."""
+
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield from super().get_renderables()
+            for task in self.tasks:
+                if task.fields["phase"]:
+                    yield Text(task.fields["phase"], overflow="ellipsis", no_wrap=True)
+
+    with TwoLines(*columns, console=Console(stderr=True)) as bar:
+        yield Progress(total, bar=bar, bar_task=bar.add_task("tasks", total=total, failed="", phase=""))

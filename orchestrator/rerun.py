@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UserError
+from storage.phases import Report, silent
 from storage.records import Execution, Row
 from storage.schema import COLUMNS, PROVENANCE, SCHEMA, rows_to_table, table_to_rows
 
@@ -79,19 +80,24 @@ def _instead(store: Store, row: Row, data_root: str | None, *, edited: bool = Fa
     return " No sweep plans it any more: its sweep was planned again, or removed."
 
 
-def rerun(store: Store, row: Row, data_root: str, keep: str) -> Rerun:
-    """Run a row's task again in this process. Writes no row; `keep` (last, best or none) says which network to return.
+def rerun(store: Store, row: Row, data_root: str, keep: str, report: Report = silent) -> Rerun:
+    """Run a row's task again in this process. Writes no row; `keep` (last, best or none) says which network to return;
+    `report` gets the phases.
 
     Raises UserError where its dense weights are not those of the row, or this device lacks the precision,
     or data or code are not what they were.
     """
     from orchestrator.dropped import contents
+
+    report("importing the libraries")
     from workers.datasets import Changed, DataMissing
     from workers.task import run_and_return
     from workers.worker import DenseMissing, PrecisionMissing, Worker
 
     task, recorded = row.task(), Execution.from_json(str(row.execution))
     worker = Worker(store, data_root, task.cell.precision, cpu=row.device == "cpu", fixed=recorded)
+    worker.phase = report
+    report("loading the dense model")
     try:
         if worker.dense(task.cell.dense).sha256 != row.dense_sha256:
             raise UserError(f"task {row.task_id} was pruned from other dense weights than the store has now")

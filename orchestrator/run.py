@@ -31,11 +31,13 @@ from orchestrator.progress import progress, say, some
 from orchestrator.queue import Queue
 from storage.errors import StoreError
 from storage.manifest import plan_content, read_plan
+from storage.phases import silent
 from storage.sql import quoted
 from storage.upkeep import tidy
 from workers.pulse import Limits
 
 if TYPE_CHECKING:
+    from orchestrator.phases import Phases
     from orchestrator.spec import Resources, SweepSpec
     from storage.manifest import Manifest
     from storage.store import Store
@@ -74,23 +76,27 @@ class Outcome:
         return not (self.failed or self.pending or self.problems)
 
 
-def run_spec(store: Store, document: Document, options: Options, *, replace: bool = False) -> Outcome:
+def run_spec(
+    store: Store, document: Document, options: Options, phases: Phases | None = None, *, replace: bool = False
+) -> Outcome:
     """Check, expand, record and run a spec. Nothing is written before spec, data, networks, store and cluster
     are checked. Raises UserError where the spec drops planned tasks of its sweep, unless `replace`."""
-    spec = check(document, options.data_root)
+    report = phases or silent
+    spec = check(document, options.data_root, report)
     check_data(spec.grid.dataset, options.data_root)
-    expansion = plan_content(planned(spec, document, options.data_root))
+    expansion = plan_content(planned(spec, document, options.data_root, report))
     note = None if replace else check_kept(store, spec, expansion)
-    planned_cells = list(cells(spec, document, options.data_root))
-    check_models(planned_cells, options.data_root)
+    planned_cells = list(cells(spec, document, options.data_root, report))
+    check_models(planned_cells, options.data_root, report)
     for line in dict.fromkeys(line for cell in planned_cells for line in sets_of(cell)):
         say(line)
+    report("checking the store and the cluster")
     store.check_writable()
     check_reachable(options.address)
     if note:
         say(note)
     manifest = store.commit_manifest(spec.name, document.text(), expansion)
-    return run_sweep(store, manifest, options)
+    return run_sweep(store, manifest, options, phases=phases)
 
 
 def check_kept(store: Store, spec: SweepSpec, expansion: bytes) -> str | None:
@@ -103,11 +109,19 @@ def check_kept(store: Store, spec: SweepSpec, expansion: bytes) -> str | None:
     return change.note() if change else None
 
 
-def run_sweep(store: Store, manifest: Manifest, options: Options, only: frozenset[str] | None = None) -> Outcome:
+def run_sweep(
+    store: Store,
+    manifest: Manifest,
+    options: Options,
+    only: frozenset[str] | None = None,
+    phases: Phases | None = None,
+) -> Outcome:
     """Run exactly what a recorded sweep has unfinished (of `only`, where given).
 
     Raises KeyboardInterrupt once it was asked to stop and has; StoreError where the store gave out.
     """
+    report = phases or silent
+    report("looking for finished tasks")
     check_reachable(options.address)
     plan = plan_of_sweep(store, manifest, only)
     check_dense_models(plan, manifest.sweep)
@@ -117,8 +131,10 @@ def run_sweep(store: Store, manifest: Manifest, options: Options, only: frozense
     say(opening(manifest.sweep, plan, store))
     problems: list[str] = []
     if plan.shards:
-        problems = drive(store, plan, with_resources(options, plan.spec.resources), manifest.sweep)
+        problems = drive(store, plan, with_resources(options, plan.spec.resources), manifest.sweep, phases)
+    report("merging row files")
     finish(store)
+    report("reading the results")
     say_what_is_not_kept(store, plan, manifest.sweep)
     return outcome(store, manifest, problems, only)
 
@@ -197,30 +213,37 @@ def asked_of(options: Options) -> dict[str, float | None]:
     return {"priority": options.priority, "max_workers": options.max_workers}
 
 
-def drive(store: Store, plan: Plan, options: Options, sweep: str) -> list[str]:
+def drive(store: Store, plan: Plan, options: Options, sweep: str, phases: Phases | None = None) -> list[str]:
     """Run a plan's shards on Ray, or in this process; return what went wrong besides failed tasks."""
+    report = phases or silent
+    report("starting")
     queue = Queue.of(plan.shards, plan.denses, random.SystemRandom())
     with (
-        progress(plan.unfinished) as shown,
+        progress(plan.unfinished, phases) as shown,
         Driver(store, sweep, options.address, shown.counts, asked_of(options)) as driver,
         heeding_signals(driver.stop),
     ):
         account = Account(store, queue, shown)
-        driver.report = account.say
+        driver.report, driver.see_phases = account.say, shown.see_phases
         if options.inline:
             if options.processes > 1:
                 raise UserError("--inline is one process: leave it out, or set resources.processes to 1")
             from orchestrator.inline import run_inline
 
+            report("starting the worker")
             run_inline(account, store, options, driver)
         else:
             from orchestrator.nodes import check_nodes
             from orchestrator.ray_runner import run_on_ray
 
+            report(f"connecting to the Ray cluster at {options.address}" if options.address else "starting Ray")
             # Again, inside: ray.init takes SIGTERM for itself.
             with connected(options), heeding_signals(driver.stop):
+                report("checking the nodes")
                 check_nodes(store, options.data_root, {shard.needs.dataset for shard in plan.shards})
+                report("waiting for a worker to start")
                 run_on_ray(account, store, options, driver)
+                report("stopping Ray")
         if driver.stop.is_set():
             raise KeyboardInterrupt
     if queue.store_problem:

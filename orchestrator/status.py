@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from orchestrator.drivers import drivers
 from storage.fallbacks import Fallback, fallbacks
+from storage.phases import TRAINING_DENSE, Phase
 from storage.records import utc_now
 from storage.signs import age, living
-from storage.sql import quoted, views
+from storage.sql import Views, quoted, views
 
 if TYPE_CHECKING:
     from storage.store import Problem, Store
@@ -43,7 +44,19 @@ _BY = {
 }
 BY = (*_BY, "driver")
 
-_SCANNED = ("sweep", "position", "shard", "task_id", "cell_id", "model", "dataset", "layers", "ratios", "pruning_ratio")
+_SCANNED = (
+    "sweep",
+    "position",
+    "shard",
+    "task_id",
+    "cell_id",
+    "dense_id",
+    "model",
+    "dataset",
+    "layers",
+    "ratios",
+    "pruning_ratio",
+)
 _SCANNED += ("pruner", "propagation", "precision", "status", "chosen", "error_class", "error", "finished_at")
 
 
@@ -56,15 +69,18 @@ class Standing:
     failures: list[dict[str, Any]]
     drivers: list[dict[str, Any]]
     fallbacks: list[Fallback]
+    phases: list[str] = field(default_factory=list)
+    """The phases of workers that are at no single task, as a dense model's training, in words."""
 
 
 def standing(store: Store, sweep: str, by: str, report: Callable[[Problem], None] | None = None) -> Standing:
     """How a sweep stands, by one of BY. Raises QueryError for a sweep that is not there."""
     store.newest(sweep)
-    at_work = [_driver(note) for note in drivers(store, sweep)]
+    found_drivers = {name: note for name, note in living(store, "drivers").items() if note.get("sweep") == sweep}
+    at_work = [_driver(note) for note in found_drivers.values()]
     notes = living(store, "workers").values()
-    running = sorted({str(task) for note in notes for task in [note.get("task"), *note.get("fleet", [])] if task})
     with views(store, report) as found:
+        running = _running(found, sweep, list(notes))
         found.con.execute("create temp table running as select unnest($1::varchar[]) as task_id", [running])
         now = _NOW.format(sweep=quoted(sweep))
 
@@ -78,7 +94,39 @@ def standing(store: Store, sweep: str, by: str, report: Callable[[Problem], None
             table = pa.Table.from_pylist([whole])
         else:
             table = pa.Table.from_pylist(at_work, DRIVER_SCHEMA) if by == "driver" else ask(_BY[by])
-    return Standing(table, whole, failures, at_work, fallbacks(store, sweep))
+    mine = {name.removeprefix("drivers/") for name in found_drivers}
+    own = [note for note in notes if note.get("driver") in mine]
+    return Standing(table, whole, failures, at_work, fallbacks(store, sweep), _phases(own))
+
+
+_FIRST_LEFT = """select first(task_id order by status <> 'pending', position) as first from tasks
+    where sweep = {sweep} and status <> 'done' and list_contains($at, {by}) group by {by}"""
+
+
+def _running(found: Views, sweep: str, notes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the ids of the tasks that workers' notes are at. A worker that trains a dense model, or prepares a shard,
+    is at the first task of the sweep that is left to run of them."""
+    running, shards = set[str](), set[str]()
+    for note in notes:
+        named = {str(task) for task in [note.get("task"), *note.get("fleet", [])] if task}
+        running |= named
+        if note.get("shard") and not named:
+            shard, _, alone = str(note["shard"]).partition(".")
+            running, shards = running | {alone} - {""}, shards | (set() if alone else {shard})
+    for by, at in (("shard", shards), ("dense_id", running)):
+        query = _FIRST_LEFT.format(by=by, sweep=quoted(sweep))
+        running = running | set(found.ask(query, _SCANNED, {"at": sorted(at)})["first"].to_pylist()) if at else running
+    return sorted(running)
+
+
+def _phases(notes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the phases of workers at a dense model or a shard, and the number of workers in the same phase."""
+    found = Counter(
+        str(phase)
+        for note in notes
+        if (phase := Phase.from_note(note)) and (phase.name.startswith(TRAINING_DENSE) or not note.get("task"))
+    )
+    return [text if n == 1 else f"{n} workers: {text}" for text, n in found.most_common()]
 
 
 DRIVER_SCHEMA = pa.schema(
@@ -93,6 +141,7 @@ DRIVER_SCHEMA = pa.schema(
         ("to_run", pa.int64()),
         ("done", pa.int64()),
         ("failed", pa.int64()),
+        ("phase", pa.string()),
     ]
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from storage.phases import Report, silent
 from storage.statistics import association, p_values
 from storage.statistics.association import Correlation
 from storage.statistics.noise import beyond_noise, noise_of
@@ -47,7 +48,13 @@ _VERSION = 2
 
 
 def claims(
-    cells: Sequence[CellData], x: str, y: str, *, resamples: int = RESAMPLES, every_interval: bool = False
+    cells: Sequence[CellData],
+    x: str,
+    y: str,
+    *,
+    resamples: int = RESAMPLES,
+    every_interval: bool = False,
+    phase: Report = silent,
 ) -> list[Claim]:
     """One claim per cell, in their order; p is adjusted over all of them. Without resamples no interval is given.
 
@@ -59,7 +66,7 @@ def claims(
     new = [cell for cell, claim in zip(cells, kept, strict=True) if claim is None]
     # scipy correlates fifty cells in hardly more time than one.
     correlations = association.correlations([(cell.columns[x], cell.columns[y]) for cell in new])
-    made = iter([_claim(cell, asked, found) for cell, found in zip(new, correlations, strict=True)])
+    made = iter(list(_claims(new, correlations, asked, phase)))
     found = [claim or next(made) for claim in kept]
     for cell, claim, old in zip(cells, found, kept, strict=True):
         if old is None:
@@ -67,6 +74,14 @@ def claims(
     family = [one.p for one in found]
     adjusted = zip(found, p_values.holm(family), p_values.benjamini_hochberg(family), strict=True)
     return [replace(one, p_holm=holm, p_bh=bh) for one, holm, bh in adjusted]
+
+
+def _claims(
+    cells: Sequence[CellData], correlations: Sequence[Correlation], asked: Question, phase: Report
+) -> Iterator[Claim]:
+    for number, (cell, found) in enumerate(zip(cells, correlations, strict=True), 1):
+        phase("computing the statistics of cell", number, len(cells))
+        yield _claim(cell, asked, found)
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,9 @@ def half_of_memory() -> int:
     return whole // 2
 
 
-def confined(work: Callable[[], Done], limits: Limits) -> Done:
+def confined(work: Callable[[], Done], limits: Limits, begun: Callable[[], None] = lambda: None) -> Done:
     """What `work` returns, run in a child of this process. Where there is no /proc, memory is for DuckDB to limit.
+    `begun` is called once the child runs, and may start threads.
 
     Raises the QueryError or StoreError that it raises, QueryError where it takes more than its limits, and
     RuntimeError with its traceback for any other exception of it.
@@ -67,6 +68,7 @@ def confined(work: Callable[[], Done], limits: Limits) -> Done:
         _work(work, limits, writing)
     os.close(writing)
     try:
+        begun()
         with os.fdopen(reading, "rb") as pipe:
             head, answer = pipe.readline(), pipe.read()
     except BaseException:  # Ctrl-C: nobody waits for it any more

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storage.claims import expected_sign
+from storage.phases import Report, silent
 from storage.statistics import kendall
 from storage.statistics.noise import noise_of
 from storage.statistics.p_values import holm, kendall_p
@@ -40,7 +41,12 @@ def predictors(store: Store, sweep: str) -> list[str]:
 
 
 def bench(
-    cells: Sequence[CellData], y: str, names: Sequence[str] | None = None, *, resamples: int = RESAMPLES
+    cells: Sequence[CellData],
+    y: str,
+    names: Sequence[str] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    phase: Report = silent,
 ) -> tuple[list[Predictor], list[Difference]]:
     """Every predictor against y, ranked in each cell and, with several cells, over all of them by the mean strength;
     and every pair's difference. `names` are the predictors, all columns but y where left out.
@@ -50,7 +56,10 @@ def bench(
     to be resampled are left out of it, and its name then says of how many cells it is.
     """
     wanted = [name for name in (names or (list(cells[0].columns) if cells else [])) if name != y]
-    measured = [_measured(cell, y, wanted, resamples) for cell in cells]
+    measured: list[_Part] = []
+    for number, cell in enumerate(cells, 1):
+        phase("comparing the predictors of cell", number, len(cells))
+        measured.append(_measured(cell, y, wanted, resamples))
     parts = [one for one in measured if one.names]
     pooled = _pooled(parts, wanted)
     parts += [pooled] if pooled else []

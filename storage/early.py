@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from storage.correlate import CellData, cell_data
+from storage.phases import Report, silent
 from storage.sql import quoted, views
 from storage.statistics import kendalls, paired
 from storage.statistics.records import EarlyEpoch
@@ -33,6 +34,7 @@ def early(
     report: Callable[[Problem], None] | None = None,
     *,
     resamples: int = RESAMPLES,
+    phase: Report = silent,
 ) -> list[EarlyEpoch]:
     """Per cell and epoch, epoch 0 being before retraining; accuracies are averaged over seeds. Raises QueryError.
 
@@ -42,7 +44,11 @@ def early(
     with views(store) as found:
         lines = found.ask(_CURVES.format(sweep=quoted(sweep)))
     keys = np.array(lines["cell_id"].to_pylist()), lines["candidate"].to_numpy()
-    return [one for cell in cells for one in _epochs(cell, _curves(cell, lines, *keys), x, y, resamples)]
+    made: list[EarlyEpoch] = []
+    for number, cell in enumerate(cells, 1):
+        phase("comparing the epochs of cell", number, len(cells))
+        made += _epochs(cell, _curves(cell, lines, *keys), x, y, resamples)
+    return made
 
 
 def _curves(cell: CellData, lines: pa.Table, cell_ids: np.ndarray, candidates: np.ndarray) -> np.ndarray:

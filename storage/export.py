@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from storage.errors import QueryError
 from storage.formats import render
+from storage.phases import Report, silent
 from storage.sql import TABLES, VIEWS_FILE, Views, quoted, views
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def export(
     *,
     force: bool = False,
     report: Callable[[Problem], None] | None = None,
+    phase: Report = silent,
 ) -> int:
     """Write what a sweep (or, with None, every task of the store) has to a file, by its ending; how many rows.
 
@@ -49,6 +51,7 @@ def export(
     try:
         with views(store, report) as found:
             found.read()
+            phase(f"writing {path}")
             n = _WRITERS[path.suffix](found, sweep, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,15 @@ def mnist_root() -> str:
     if not DATA_ROOT or not Path(DATA_ROOT, "MNIST", "raw").is_dir():
         pytest.skip("no real MNIST here: set PRUNESWEEP_DATA_ROOT to a folder with torchvision's MNIST")
     return DATA_ROOT
+
+
+@pytest.fixture(autouse=True)
+def no_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands in this process report no phase, however slow the machine is: tests compare what stderr says."""
+    from orchestrator import cli
+    from orchestrator.phases import Phases
+
+    monkeypatch.setattr(cli, "Phases", partial(Phases, quiet=1e6))
 
 
 Prunesweep = Callable[..., "subprocess.CompletedProcess[str]"]

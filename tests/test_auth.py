@@ -67,7 +67,8 @@ def test_without_the_right_token(
     found = prunesweep(*command.split(), "--address", address, **env)
     assert time.monotonic() - asked < 60  # Ray alone tries for 20 s; most of ours is what this machine imports
     assert (found.returncode, found.stdout) == (4, ""), found.stderr
-    (line,) = found.stderr.splitlines()
+    *phases, line = found.stderr.splitlines()  # a slow machine reports phases first
+    assert not any(phase.startswith("prunesweep") for phase in phases)
     assert line.startswith("prunesweep: the Ray ") and address in line and line.endswith(HOW)
     told = (
         f"does not take the token of RAY_AUTH_TOKEN_PATH={tmp_path / 'wrong'}"

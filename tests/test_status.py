@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from orchestrator.status import BY, DRIVER_SCHEMA, WINDOW_SECONDS, standing
 from storage.errors import QueryError
 from storage.machine import machine, process_started
 from storage.manifest import PlannedTask
+from storage.phases import TRAINING_DENSE, Phase
 from storage.records import Task, utc_now
 from storage.signs import BEAT_SECONDS, STALE_SECONDS, living
 from storage.store import Store
@@ -136,8 +138,8 @@ def test_a_task_is_running_while_its_worker_lives(store: Store) -> None:
 
 
 def test_a_worker_that_shows_no_life_runs_nothing(store: Store) -> None:
-    """Nor does one whose process is gone from this machine, or is another one by now, or that is at no task, at
-    a dense model, or at a task of another sweep; nor a note that is none."""
+    """Nor does one whose process is gone from this machine, or is another one by now, or that is at no shard, at
+    another sweep's dense model, shard or task; nor a note that is none."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     started = process_started(gone.pid)
     gone.wait()
@@ -145,12 +147,48 @@ def test_a_worker_that_shows_no_life_runs_nothing(store: Store) -> None:
     at(store, A[5], process_started=process_started(os.getpid()) - 100)
     at(store, A[5], beat=STALE_SECONDS + 1)
     at(store, A[5], machine=ELSEWHERE, beat=STALE_SECONDS + 1)
-    at(store, None)
+    note(store, "workers", driver="d", shard=None, task=None)
+    note(store, "workers", driver="d", shard="s9", task=None)
     at(store, Task(ORACLE, 99, 0))
-    note(store, "workers", driver="d", shard=f"dense-{DENSE.dense_id}", task=DENSE.dense_id)
+    other = replace(DENSE, model="lenet5").dense_id
+    note(store, "workers", driver="d", shard=f"dense-{other}", task=other)
     store.scratch.renew("workers/foreign", {"task": A[5].task_id})
     (Path(store.root) / "scratch" / "workers" / "torn.json").write_text('{"task": ')
     assert counts(store) == [(8, 4, 2, 0, 2)]
+
+
+def test_a_dense_model_in_training_counts_as_running(store: Store) -> None:
+    """A worker at it is at the first task that waits for it: once, however many workers say so, and in its cell."""
+    for _ in range(2):
+        note(store, "workers", driver="d", shard=f"dense-{DENSE.dense_id}", task=DENSE.dense_id)
+    assert counts(store) == [(8, 4, 2, 1, 1)]
+    assert counts(store, "cell") == [(6, 4, 1, 1, 0), (2, 0, 1, 0, 1)]
+    assert counts(store, "shard") == [(4, 3, 1, 0, 0), (2, 1, 0, 1, 0), (2, 0, 1, 0, 1)]
+
+
+def test_a_worker_that_prepares_a_shard_counts_as_running(store: Store) -> None:
+    """Until it is at a task it is at the first that is left of its shard; of a task run alone, at that task."""
+    at(store, None)
+    assert counts(store, "shard") == [(4, 3, 0, 1, 0), (2, 1, 0, 0, 1), (2, 0, 1, 0, 1)]
+    note(store, "workers", driver="d", shard=f"s2.{B[1].task_id}", task=None)
+    assert counts(store, "shard") == [(4, 3, 0, 1, 0), (2, 1, 0, 0, 1), (2, 0, 1, 1, 0)]
+
+
+def test_phases_of_the_sweeps_own_workers(store: Store) -> None:
+    """Those at a dense model or preparing a shard, by phase; a task in retraining is in the counts, another sweep's
+    worker is not ours."""
+    drives(store, phase="starting Ray")
+    (mine,) = (name.removeprefix("drivers/") for name in living(store, "drivers"))
+    dense = Phase(f"{TRAINING_DENSE} lenet5 on mnist", 4, 30, "epoch")
+    loading, retraining = Phase("loading mnist"), Phase("retraining", 1, 2, "epoch")
+    note(store, "workers", driver=mine, shard="dense-x", task="x", phase=dense.to_dict())
+    for _ in range(2):
+        note(store, "workers", driver=mine, shard="s0", task=None, phase=loading.to_dict())
+    note(store, "workers", driver=mine, shard="s0", task=A[3].task_id, phase=retraining.to_dict())
+    note(store, "workers", driver="another", shard="s0", task=None, phase=Phase("choosing").to_dict())
+    found = standing(store, "mini", "driver")
+    assert found.phases == ["2 workers: loading mnist", "training the dense model lenet5 on mnist (epoch 4 of 30)"]
+    assert [driver["phase"] for driver in found.drivers] == ["starting Ray"]
 
 
 def test_a_failed_task_that_is_run_again_is_running_and_a_done_one_is_done(store: Store) -> None:

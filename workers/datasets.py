@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from storage.identity import FOLDERS
+from storage.phases import Report, silent
 from workers.augment import crop_and_flip
 from workers.streams import generator
 
@@ -283,9 +284,9 @@ def check_dataset(name: str) -> None:
         raise ValueError(f"unknown name {name!r}; allowed: {', '.join([*DATASETS, *OTHERS])}{meant}")
 
 
-def find_dataset(name: str, data_root: str | Path | None = None) -> Dataset:
+def find_dataset(name: str, data_root: str | Path | None = None, report: Report = silent) -> Dataset:
     """The data set called `name`; folders and a user's code are looked at, under `data_root` (without one,
-    PRUNESWEEP_DATA_ROOT, then `data`).
+    PRUNESWEEP_DATA_ROOT, then `data`). `report` gets the number of images read, on the first look at a folder.
 
     Raises ValueError where there is none or it cannot be used; DataMissing where its folder is not there.
     """
@@ -301,14 +302,15 @@ def find_dataset(name: str, data_root: str | Path | None = None) -> Dataset:
     if kind in ("imagefolder", "imagenet"):
         from workers.folders import find_folder
 
-        return find_folder(name, root / Path(path or name).expanduser())
+        return find_folder(name, root / Path(path or name).expanduser(), report)
     from workers.userdata import find_user_dataset
 
     return find_user_dataset(name, root)
 
 
-def dataset_content(name: str, data_root: str | Path | None = None) -> str | None:
-    """The hash (16 hex digits) of what a folder holds, or of a user's code; None for a data set built in."""
+def dataset_content(name: str, data_root: str | Path | None = None, report: Report = silent) -> str | None:
+    """The hash (16 hex digits) of what a folder holds, or of a user's code; None for a data set built in. `report` gets
+    the number of images read, on the first look at a folder."""
     if name in DATASETS:
         return None
     root = root_or_default(data_root)
@@ -320,7 +322,7 @@ def dataset_content(name: str, data_root: str | Path | None = None) -> str | Non
     if kind in ("imagefolder", "imagenet"):
         from workers.folders import folder_content
 
-        return folder_content(name, root / Path(path or name).expanduser())
+        return folder_content(name, root / Path(path or name).expanduser(), report)
     from usercode import fingerprint
 
     return fingerprint(name)
@@ -332,18 +334,24 @@ def root_or_default(data_root: str | Path | None) -> Path:
 
 
 def prepare(
-    name: str, data_root: str | Path, validation: float, device: torch.device, content: str | None = None
+    name: str,
+    data_root: str | Path,
+    validation: float,
+    device: torch.device,
+    content: str | None = None,
+    report: Report = silent,
 ) -> Data:
     """Load a data set onto `device`, holding out a `validation` share of its train set.
 
     Raises DataMissing where its files are not there: a worker never downloads; Changed where it has not the
-    `content` it was planned with.
+    `content` it was planned with. `report` gets the phases.
     """
     import torch
 
+    report(f"loading {name}")
     if content is not None:
-        check_content(f"the data set {name}", content, dataset_content(name, data_root))
-    dataset = find_dataset(name, data_root)
+        check_content(f"the data set {name}", content, dataset_content(name, data_root, report))
+    dataset = find_dataset(name, data_root, report)
     if dataset.missing(data_root):
         raise DataMissing(missing_message(name, data_root))
     train, test = dataset.load(Path(data_root))

@@ -11,6 +11,7 @@ from torch import nn
 from models import build_model, load_weights
 from models.registry import model_content
 from models.weights import file_hash, load_state
+from storage.phases import TRAINING_DENSE, Report, silent
 from usercode import is_code
 from workers.backends import open_backend
 from workers.datasets import check_content, find_dataset
@@ -69,11 +70,15 @@ def train_dense(
     execution: Execution,
     checkpoint: Checkpoint | None = None,
     data_root: str | None = None,
+    report: Report = silent,
 ) -> bytes:
     """Train a dense model and return it as the content of a safetensors file.
 
-    The content depends on the weights and what they achieve only. Raises Diverged, or Stopped.
+    The content depends on the weights and what they achieve only. Raises Diverged, or Stopped. `report` gets each
+    epoch.
     """
+    name = f"{TRAINING_DENSE} {dense.model} on {dense.dataset}"
+    report(name)
     recipe, model = dense.recipe, starting_model(dense, data_root)
     shape = find_dataset(dense.dataset, data_root).shape
     with closing(open_backend(execution, [model], recipe, accelerator, shape)) as backend:
@@ -85,7 +90,10 @@ def train_dense(
             seed=recipe.seed or 0,
             stream="dense",
             checkpoint=checkpoint,
+            phase=name,
+            report=report,
         )
+        report(f"{name}: measuring it")
         ((on_train,), (on_test,)) = backend.measure(data.train), backend.measure(data.test)
         (trained,) = backend.networks
     if len(epochs) < planned_epochs(recipe, len(data.train)) or on_train.loss != on_train.loss:

@@ -15,9 +15,8 @@ import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.weights import open_regular, shown
+from storage.phases import Report, silent
 from workers.datasets import DataMissing, Dataset, Samples, Shape
 
 SMALL = 64
@@ -120,10 +120,10 @@ class Folder:
     content: str
 
 
-def find_folder(name: str, root: Path) -> Dataset:
+def find_folder(name: str, root: Path, report: Report = silent) -> Dataset:
     """The data set of a folder of images. Raises DataMissing where it is not there, BadFolder where it cannot be
     used."""
-    folder = _looked(name, root)
+    folder = _looked(name, root, report)
     if name == "imagenet" and len(folder.classes) != IMAGENET_CLASSES:
         raise BadFolder(
             f"{shown(root)} has {len(folder.classes)} classes; imagenet has {IMAGENET_CLASSES} (imagefolder:PATH "
@@ -140,9 +140,9 @@ def find_folder(name: str, root: Path) -> Dataset:
     )
 
 
-def folder_content(name: str, root: Path) -> str:
+def folder_content(name: str, root: Path, report: Report = silent) -> str:
     """16 hex digits over the paths of a folder's images below it and what they hold. Raises as `find_folder`."""
-    return _looked(name, root).content
+    return _looked(name, root, report).content
 
 
 def _shape(folder: Folder) -> Shape:
@@ -153,14 +153,14 @@ def _shape(folder: Folder) -> Shape:
     return 3, folder.size[1], folder.size[0]
 
 
-def _looked(name: str, root: Path) -> Folder:
+def _looked(name: str, root: Path, report: Report) -> Folder:
     if not root.is_dir():
         raise DataMissing(
             f"the data set {name} is not there: no folder {shown(root)} (a path that is not absolute is taken "
             "from the data root: --data-root, PRUNESWEEP_DATA_ROOT)"
         )
     try:
-        return look(root)
+        return look(root, Receiver(report))
     except OSError as error:
         raise BadFolder(f"{shown(root)} cannot be read: {error}") from None
 
@@ -179,18 +179,27 @@ def _load(folder: Folder) -> tuple[Samples, Samples]:
     return train, test
 
 
+@dataclass(frozen=True)
+class Receiver:
+    """A receiver of phases that equals any other: a cache that has one in its key does not tell them apart."""
+
+    report: Report = field(compare=False)
+
+
 @cache
-def look(root: Path) -> Folder:
+def look(root: Path, receiver: Receiver) -> Folder:
     """What lies at `root`, looked at once per process: train/ and test/ or val/, in each a subfolder per class.
 
     Raises BadFolder, naming what is wrong, where those are not in it, classes differ, one is empty, or too many
     images are damaged; OSError where something cannot be read.
     """
+    receiver.report(f"listing the images in {shown(root)}")
     train, test = _parts(root)
     files = {part: _class_files(root, part) for part in (train, test)}
     _check_classes(root, files)
     files[test] = {name: files[test][name] for name in files[train]}  # one order, whatever Unicode form the names have
-    known = _inspected(root, [stat for classes in files.values() for stats in classes.values() for stat in stats])
+    every = [stat for classes in files.values() for stats in classes.values() for stat in stats]
+    known = _inspected(root, every, receiver.report)
     _check_levels(root, known)
     damaged = {os.fsdecode(path): damage for path, damage in _rows(known, "path", "damage") if damage is not None}
     sizes = {(width, height) for width, height in set(_rows(known, "width", "height")) if width}
@@ -351,7 +360,7 @@ def _rows(table: pa.Table, *columns: str) -> Iterator[tuple[Any, ...]]:
 # -- reading each file once ----------------------------------------------------------------------------
 
 
-def _inspected(root: Path, stats: Sequence[Stat]) -> pa.Table:
+def _inspected(root: Path, stats: Sequence[Stat], report: Report) -> pa.Table:
     """_KNOWN of the files: what is not known from before is read now, and kept."""
     kept = _cache_file(root)
     before = _read(kept)
@@ -362,9 +371,13 @@ def _inspected(root: Path, stats: Sequence[Stat]) -> pa.Table:
     there = {} if before is None else {row[:3]: row[3:] for row in _rows(before, *_KNOWN.names)}
     unknown = [key for key in keys if key not in there]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing and decoding let other threads run
+        read = 0
         pieces = [unknown[start : start + PIECE] for start in range(0, len(unknown), PIECE)]
         found = pool.map(lambda piece: [astuple(_judged(root, *key)) for key in piece], pieces)
-        there |= dict(zip(unknown, chain.from_iterable(found), strict=True))
+        for piece, verdicts in zip(pieces, found, strict=True):
+            there |= dict(zip(piece, verdicts, strict=True))
+            read += len(piece)
+            report(f"reading the images in {shown(root)}", read, len(unknown), "image")
     rows = [(*key, *there[key]) for key in keys]
     known = pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _KNOWN, strict=True)],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StoreError
+from storage.phases import Phase
 from storage.records import filed_under
 from storage.signs import Sign, living
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 TICK_SECONDS = 1.0
 NOTE_SECONDS = 0.5
 """A task of the same shard that begins sooner after the last is shown at the next tick, if it still runs then."""
+
+PHASE_SECONDS = 5.0
+"""How often a counter of a phase, as the epoch of a training, is shown in the note; another phase is at the next
+tick."""
 
 MESSAGES = 20
 """Maximum number of messages in a note; older ones are dropped."""
@@ -68,7 +73,7 @@ class Pulse:
     ) -> None:
         self.limits, self.stop = limits, stop or threading.Event()
         self._store, self._driver = store, driver
-        self._about: dict[str, Any] = {"driver": driver, "shard": None, "task": None, **(where or {})}
+        self._about: dict[str, Any] = {"driver": driver, "shard": None, "task": None, "phase": None, **(where or {})}
         self._since: float | None = None
         self._limit: float | None = None
         self._shown, self._shown_at = self._about, 0.0
@@ -93,7 +98,8 @@ class Pulse:
         """
         (task,) = tasks if len(tasks) == 1 else (None,)
         before = self._about
-        self._about = {**before, "shard": shard, "task": task, "fleet": list(tasks) if task is None else []}
+        fleet = list(tasks) if task is None else []
+        self._about = {**before, "shard": shard, "task": task, "fleet": fleet, "phase": None}
         if self._shown["shard"] != shard or time.monotonic() - self._shown_at >= NOTE_SECONDS:
             self._show()
         self._since = time.monotonic() if limited else None
@@ -104,9 +110,16 @@ class Pulse:
             yield
         finally:
             self._since = None
-            self._about = before
+            self._about = {**before, "phase": None}
             if limit:
                 faulthandler.cancel_dump_traceback_later()
+
+    def phase(self, name: str, at: int = 0, of: int = 0, unit: str = "") -> None:
+        """Be at this phase of the shard or task until another is reported or it ends; see storage.phases.Report.
+
+        The note shows it at the next tick, so that quick phases cost nothing.
+        """
+        self._about = {**self._about, "phase": Phase(name, at, of, unit).to_dict()}
 
     def report(self, message: str) -> None:
         """Show a message in the note at once, where the driver finds it while the task is still running."""
@@ -131,7 +144,9 @@ class Pulse:
         self._sign.beat()
 
     def _tick(self) -> None:
-        if self._shown != self._about:
+        if _but_for_counter(self._shown) != _but_for_counter(self._about) or (
+            self._shown != self._about and time.monotonic() - self._shown_at >= PHASE_SECONDS
+        ):
             self._show()
         if not self.stop.is_set() and self._asked_to_stop():
             self.stop.set()
@@ -155,6 +170,11 @@ class Pulse:
 def stop_note(driver: str) -> str:
     """The note by which a driver asks its workers to stop."""
     return f"stops/{driver}"
+
+
+def _but_for_counter(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a note's content with the name alone of its phase."""
+    return {**about, "phase": (about.get("phase") or {}).get("name")}
 
 
 def _resident() -> int:

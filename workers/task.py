@@ -139,6 +139,7 @@ def run_steps(run: Run) -> list[tuple[dict[str, Any], bytes | None]]:
 
 
 def _pruned(run: Run, number: int, starts: Sequence[Start]) -> Step:
+    run.worker.phase("pruning")
     with run.timed("prune"):
         return Step(number, [prune_task(t, start, run.worker) for t, start in zip(run.tasks, starts, strict=True)])
 
@@ -193,6 +194,7 @@ def in_slots(networks: Sequence[nn.Module], slots: Sequence[int], size: int) -> 
 
 def measure_before(backend: Backend, cell: Cell, worker: Worker) -> list[dict[str, Any]]:
     """The pruned_* and dense_* columns of each member, before retraining."""
+    worker.phase("measuring before retraining")
     subset, baseline = cell.loss_subset is not None, worker.baseline(cell)
     on_train = backend.measure(worker.loss_set(cell))
     on_test = backend.measure(worker.data(cell.dense).test)
@@ -227,7 +229,10 @@ def retrain_and_measure(run: Run, step: Step, backend: Backend) -> list[tuple[di
         stream="retrain" if last else f"retrain/step{step.number}",
         watchers=keepers,
         checkpoint=run.checkpoint,
+        phase="retraining",
+        report=worker.phase,
     )
+    worker.phase("measuring after retraining")
     ends = backend.measure(worker.loss_set(cell))
     made = []
     for task, slot, pruned in zip(run.tasks, run.slots, step.pruned, strict=True):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from storage.phases import Report, silent
 from workers.augment import Draws, mixed
 from workers.checkpoints import Checkpoint, State, generators, part, prefixed, restore_generators
 from workers.measures import Epoch, Measure
@@ -83,12 +84,14 @@ def train(
     stream: str,
     watchers: Sequence[Watcher] = (),
     checkpoint: Checkpoint | None = None,
+    phase: str = "training",
+    report: Report = silent,
 ) -> list[list[Epoch]]:
     """Train a back-end's networks in place. Each one's epochs; they end early where its loss left the finite.
 
     `stream` names the minibatches: those of dense training are not those of any retraining. With a
     `checkpoint` it goes on from there, on a CPU to the very bits of a training that never stopped.
-    Raises Stopped where the checkpoint says so.
+    Raises Stopped where the checkpoint says so. `report` is called before each epoch, with the name `phase`.
     """
     at = _Position([[] for _ in backend.networks], 0, [])
     with seeded(dataset, seed, f"layers/{stream}"):  # dropout and the like draw from the global generators
@@ -96,7 +99,9 @@ def train(
         if saved is not None:
             at = _restored(saved, backend, watchers)
         n = len(data.train)
-        while at.done < planned_epochs(recipe, n) and any(map(_is_finite, at.epochs)):
+        planned = planned_epochs(recipe, n)
+        while at.done < planned and any(map(_is_finite, at.epochs)):
+            report(phase, at.done + 1, planned, "epoch")
             draws = Draws(dataset, seed, f"{stream}/{at.done}")
             order = enumerate(minibatches(n, recipe.batch_size, dataset, seed, draws.stream))
             left = list(islice(order, len(at.losses), steps_left(recipe, n, at.done)))

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import StoreError
+from storage.phases import Report, silent
 from storage.records import Row, row_for, utc_now
 from storage.rowfiles import Attempts
 from workers.pulse import Elsewhere, Stopped
@@ -94,7 +95,7 @@ class Worker:
     With a `pulse` it shows what it is at, heeds limits and the wish to stop, and checkpoints. `fixed` is
     an execution to repeat, in place of the one the store has for a shape. Several `joined` workers train each task
     together: the first decides and writes, and is the only one with a pulse. Of a GPU it uses `part` of the memory,
-    where that is less than all.
+    where that is less than all. `phase` gets the phases of its work: the pulse, unless another is set.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Worker:
     ) -> None:
         self.store, self.data_root, self.precision, self.cpu = store, data_root, precision, cpu
         self.pulse, self.fixed, self.joined, self.part = pulse, fixed, joined, part
+        self.phase: Report = pulse.phase if pulse else silent
         self.messages: list[str] = []
         self._cache: dict[tuple[Any, ...], Any] = {}
         self._checkpoints: list[Checkpoint] = []
@@ -263,7 +265,7 @@ class Worker:
         execution = self._reported(execution, f"the dense {dense.model} on {dense.dataset}")
         checkpoint = self.checkpoint(dense.dense_id, {"execution": execution.json})
         with arithmetic(execution):
-            content = train_dense(dense, data, self.accelerator, execution, checkpoint, self.data_root)
+            content = train_dense(dense, data, self.accelerator, execution, checkpoint, self.data_root, self.phase)
         if self.leads:
             self.store.commit_dense(dense.dense_id, content)
             self._drop_checkpoints()
@@ -362,7 +364,7 @@ class Worker:
         content, device = dict(dense.content).get("dataset"), self.accelerator.device
 
         def make() -> Data:
-            data = prepare(dense.dataset, self.data_root, dense.validation, device, content)
+            data = prepare(dense.dataset, self.data_root, dense.validation, device, content, self.phase)
             if data.damaged:
                 some = f"{', '.join(data.damaged[:5])}{', ...' if data.skipped > 5 else ''}"
                 self._report(f"{dense.dataset}: {data.skipped} damaged images are left out: {some}")
@@ -478,6 +480,7 @@ class Worker:
         from workers.backends import SERIAL, fastest
         from workers.execution import arithmetic, execution_of
 
+        self.phase("choosing the fastest back-end")
         with arithmetic(execution_of(SERIAL, self.accelerator.device)):
             return fastest(network, data.train, recipe, self.accelerator, block)
 

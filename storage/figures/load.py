@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from storage import phases
 from storage.claims import claims
 from storage.correlate import cell_data
 from storage.criteria import bench, predictors
@@ -36,13 +37,15 @@ def load(
     report: Report | None = None,
     *,
     removed: bool = False,
+    phase: phases.Report = phases.silent,
 ) -> FigureData:
     """What `kind` needs of a sweep; with `removed` also which filters each candidate lacks.
 
-    `where` is SQL over candidates; cells that it leaves nothing of are not drawn. Raises QueryError for an unknown
-    sweep or column, for bad SQL, and for a kind that the sweep cannot give, naming those it can.
+    `where` is SQL over candidates; cells that it leaves nothing of are not drawn. `phase` gets the phases. Raises
+    QueryError for an unknown sweep or column, for bad SQL, and for a kind that the sweep cannot give, naming those it
+    can.
     """
-    data = _LOADS[kind](_empty(store, sweep, x, y), store, where, report, RESAMPLES)
+    data = _LOADS[kind](_empty(store, sweep, x, y), store, where, report, RESAMPLES, phase)
     reason = why_not(kind, data)
     if reason:
         kinds = possible(everything(store, sweep, x, y, where, resamples=200))
@@ -57,7 +60,7 @@ def everything(
     """What every kind needs of a sweep."""
     data = _empty(store, sweep, x, y)
     for read in (_criteria, _early, _claims, _columns):  # cells of the last
-        data = read(data, store, where, None, resamples)
+        data = read(data, store, where, None, resamples, phases.silent)
     return data
 
 
@@ -78,23 +81,33 @@ def _cells(data: FigureData, store: Store, names: Sequence[str], where: str | No
     return [cell for cell in found if cell.candidate or not where]
 
 
-def _claims(data: FigureData, store: Store, where: str | None, report: Report | None, resamples: int) -> FigureData:
+def _claims(
+    data: FigureData, store: Store, where: str | None, report: Report | None, resamples: int, phase: phases.Report
+) -> FigureData:
     cells = _cells(data, store, (data.x, data.y), where, report)
-    return replace(data, cells=cells, claims=claims(cells, data.x, data.y, resamples=resamples))
+    return replace(data, cells=cells, claims=claims(cells, data.x, data.y, resamples=resamples, phase=phase))
 
 
-def _criteria(data: FigureData, store: Store, where: str | None, report: Report | None, resamples: int) -> FigureData:
+def _criteria(
+    data: FigureData, store: Store, where: str | None, report: Report | None, resamples: int, phase: phases.Report
+) -> FigureData:
     names = predictors(store, data.sweep)
     cells = _cells(data, store, (*names, data.y), where, report)
-    return replace(data, predictors=bench(cells, data.y, names, resamples=resamples)[0] if names else ())
+    return replace(data, predictors=bench(cells, data.y, names, resamples=resamples, phase=phase)[0] if names else ())
 
 
-def _early(data: FigureData, store: Store, where: str | None, report: Report | None, resamples: int) -> FigureData:
-    return replace(data, early=early(store, data.sweep, data.x, data.y, where, report, resamples=resamples))
+def _early(
+    data: FigureData, store: Store, where: str | None, report: Report | None, resamples: int, phase: phases.Report
+) -> FigureData:
+    return replace(
+        data, early=early(store, data.sweep, data.x, data.y, where, report, resamples=resamples, phase=phase)
+    )
 
 
-def _columns(data: FigureData, store: Store, where: str | None, report: Report | None, resamples: int) -> FigureData:
-    del resamples
+def _columns(
+    data: FigureData, store: Store, where: str | None, report: Report | None, resamples: int, phase: phases.Report
+) -> FigureData:
+    del resamples, phase
     return replace(data, cells=_cells(data, store, (data.x, *predictors(store, data.sweep), data.y), where, report))
 
 

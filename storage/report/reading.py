@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from storage.correlate import BESIDE, CellData, cell_data
+from storage.phases import Report, silent
 from storage.records import Cell, utc_now
 from storage.report.records import FEW, Bench, Cost, Facts, Failure, Part, Plan, PlannedCell, Ran
 from storage.report.words import labels
@@ -38,8 +39,8 @@ _MIXED = """select cell_id, list(distinct dense_sha256[:8]) as networks from tas
     where sweep = {sweep} and dense_sha256 is not null group by cell_id having count(distinct dense_sha256) > 1"""
 
 
-def gather(store: Store, sweep: str, x: str, y: str, made_with: str) -> Facts:
-    """All that a report of a sweep says. `made_with` is the version of prunesweep.
+def gather(store: Store, sweep: str, x: str, y: str, made_with: str, phase: Report = silent) -> Facts:
+    """All that a report of a sweep says. `made_with` is the version of prunesweep; `phase` gets the phases.
 
     Raises QueryError for a sweep that is not there, and StoreError where the store cannot be read; everything else
     that cannot be had is a Part with its reason.
@@ -70,11 +71,13 @@ def gather(store: Store, sweep: str, x: str, y: str, made_with: str) -> Facts:
         ran=ran,
         mixed=mixed,
         cells=cells,
-        claims=then(cells, lambda found: _claims(found, x, y)),
+        claims=then(cells, lambda found: _claims(found, x, y, phase)),
         beside_name=beside,
         beside=_taus_beside(cells.value or [], x, beside),
-        criteria=attempt(lambda: _criteria(store, sweep, y, where, mixed)),
-        early=attempt(lambda: _early(store, sweep, x, y, where, mixed, RESAMPLES if len(plan.cells) <= FEW else 0)),
+        criteria=attempt(lambda: _criteria(store, sweep, y, where, mixed, phase)),
+        early=attempt(
+            lambda: _early(store, sweep, x, y, where, mixed, RESAMPLES if len(plan.cells) <= FEW else 0, phase)
+        ),
         failures=failures,
         cost=cost,
         diverged=diverged,
@@ -142,10 +145,10 @@ def _cells(
     return [cell for cell in found if cell.cell_id not in mixed]
 
 
-def _claims(cells: Sequence[CellData], x: str, y: str) -> list[Claim]:
+def _claims(cells: Sequence[CellData], x: str, y: str, phase: Report) -> list[Claim]:
     from storage.claims import claims
 
-    return claims(list(cells), x, y)
+    return claims(list(cells), x, y, phase=phase)
 
 
 def _taus_beside(cells: Sequence[CellData], x: str, beside: str) -> dict[str, float]:
@@ -156,18 +159,26 @@ def _taus_beside(cells: Sequence[CellData], x: str, beside: str) -> dict[str, fl
     return {cell.cell_id: tau for cell, tau in zip(cells, taus, strict=True)}
 
 
-def _criteria(store: Store, sweep: str, y: str, where: str | None, mixed: dict[str, str]) -> Bench:
+def _criteria(store: Store, sweep: str, y: str, where: str | None, mixed: dict[str, str], phase: Report) -> Bench:
     from storage.criteria import bench, predictors
 
     names = predictors(store, sweep)
     if not names:
         return Bench([], [])
-    return Bench(*bench(_cells(store, sweep, (*names, y), where, mixed), y))
+    return Bench(*bench(_cells(store, sweep, (*names, y), where, mixed), y, phase=phase))
 
 
 def _early(
-    store: Store, sweep: str, x: str, y: str, where: str | None, mixed: dict[str, str], resamples: int
+    store: Store,
+    sweep: str,
+    x: str,
+    y: str,
+    where: str | None,
+    mixed: dict[str, str],
+    resamples: int,
+    phase: Report,
 ) -> list[EarlyEpoch]:
     from storage.early import early
 
-    return [one for one in early(store, sweep, x, y, where, resamples=resamples) if one.cell_id not in mixed]
+    found = early(store, sweep, x, y, where, resamples=resamples, phase=phase)
+    return [one for one in found if one.cell_id not in mixed]

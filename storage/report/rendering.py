@@ -11,6 +11,7 @@ from typing import Any
 
 from storage.figures import WIDTHS, FigureData, svg
 from storage.figures import why_not as no_figure
+from storage.phases import Report, silent
 from storage.report import answer, tables, words
 from storage.report.numbers import fixed, interval, listed, moment, seconds, share, some
 from storage.report.reading import attempt
@@ -53,11 +54,16 @@ class CellShown:
 # -- drawings ---------------------------------------------------------------------------------------------
 
 
-def draw(facts: Facts) -> Figures:
-    """Every figure that the facts can give; a kind that has nothing to show says nothing."""
+def draw(facts: Facts, phase: Report = silent) -> Figures:
+    """Every figure that the facts can give; a kind that has nothing to show says nothing. `phase` gets the phases."""
     data = figure_data(facts)
     all_cells = "τ of every cell with its 95 % interval, and the ceiling where it can be estimated."
-    scatters = {cell.cell_id: _scatter(facts, i) for i, cell in enumerate(facts.cells.value or [])}
+    scatters: dict[str, Part[Figure]] = {}
+    cells = facts.cells.value or []
+    for i, cell in enumerate(cells):
+        phase("drawing the scatter of cell", i + 1, len(cells))
+        scatters[cell.cell_id] = _scatter(facts, i)
+    phase("drawing the figures of all cells")
     alone, many = len(scatters) == 1, len(scatters) > FEW
     bench = replace(data, predictors=answer.overall(list(data.predictors))) if many else data
     return Figures(
