@@ -16,9 +16,11 @@ from orchestrator.options import (
     existing_store,
     output_options,
     store_option,
+    warn,
     write_file,
 )
 from orchestrator.phases import phases
+from storage.errors import DamagedError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -117,56 +119,135 @@ def _verdict(found: Rerun) -> str:
 
 @click.command()
 @click.argument("sweep", required=False)
-@click.option("--unused", is_flag=True, help="Remove dense weights and scratch that no sweep needs.")
+@click.option("--unused", is_flag=True, help="Remove dense weights and scratch files that no sweep needs.")
+@click.option("--rows", is_flag=True, help="Remove rows whose task no sweep plans.")
+@click.option("--networks", is_flag=True, help="Remove kept networks whose task no sweep plans, or which no row names.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed. Removes nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @store_option
-def rm(sweep: str | None, unused: bool, yes: bool, store: str) -> None:
-    """Remove SWEEP, every expansion of it; or with --unused what no sweep needs.
+def rm(sweep: str | None, unused: bool, rows: bool, networks: bool, dry_run: bool, yes: bool, store: str) -> None:
+    """Remove SWEEP, every expansion of it; or what no sweep needs: --unused, --rows, --networks, or several of these.
 
-    Rows stay: they belong to all sweeps of the store, and planning their tasks again finds them.
+    Rows and kept networks of SWEEP stay. A sweep planned later finds them, and --rows and --networks remove them once
+    no sweep plans their tasks. What is planned is the newest expansion of each sweep.
 
     \b
     prunesweep rm digits
+    prunesweep rm --rows --networks --unused --dry-run
     prunesweep rm --unused --yes
     """
-    if (sweep is None) != unused:
-        raise click.UsageError("give a SWEEP, or --unused")
+    if (sweep is None) != (unused or rows or networks):
+        raise click.UsageError("give a SWEEP, or --unused, --rows and --networks")
     opened = existing_store(store)
-    if sweep is None:
-        _remove_unused(opened, yes)
-    else:
-        _remove_sweep(opened, sweep, yes)
+    if sweep is not None:
+        _remove_sweep(opened, sweep, dry_run, yes)
+    if rows:
+        _remove_rows(opened, dry_run, yes)
+    if networks:
+        _remove_networks(opened, dry_run, yes)
+    if unused:
+        _remove_unused(opened, dry_run, yes)
 
 
-def _remove_sweep(store: Store, sweep: str, yes: bool) -> None:
+def _remove_sweep(store: Store, sweep: str, dry_run: bool, yes: bool) -> None:
     from orchestrator.drivers import drivers
     from orchestrator.progress import some
 
-    tasks = some(len(store.plan_table(store.newest(sweep))), "task")
-    if drivers(store, sweep):
+    sizes = store.sizes(f"sweeps/{sweep}") if sweep in store.sweeps() else {}
+    try:
+        tasks = some(len(store.plan_table(store.newest(sweep))), "task")
+    except DamagedError as error:  # a sweep that cannot be read can be removed
+        click.echo(f"warning: {error}", err=True)
+        tasks = "an unknown number of tasks"
+    if drivers(store, sweep) and not dry_run:
         raise UserError(f"a driver is at work on {sweep}: `prunesweep stop {sweep}` first")
+    files = f"{some(len(sizes), 'file')}, {_bytes(sum(sizes.values()))}"
+    if dry_run:
+        for name in sorted(sizes):
+            click.echo(f"sweeps/{sweep}/{name}")
+        click.echo(f"would remove the sweep {sweep} of {tasks} ({files}); its rows would stay", err=True)
+        return
     _confirm(f"remove the sweep {sweep} of {tasks} from {store.location}? Its rows stay", yes)
     store.remove_sweep(sweep)
     click.echo(
-        f"removed the sweep {sweep}; its rows stay. `prunesweep rm --unused` removes what only it needed", err=True
+        f"removed the sweep {sweep}; its rows stay ({files}). `prunesweep rm --unused --rows --networks` removes what "
+        "only it needed",
+        err=True,
     )
 
 
-def _remove_unused(store: Store, yes: bool) -> None:
-    from orchestrator.progress import some
-    from storage.upkeep import tidy, unused
+def _check_idle(store: Store) -> None:
+    """Raise UserError where a driver or worker is at work in the store, on whatever sweep."""
+    from storage.removal import at_work
 
-    found = unused(store, list(store.manifests()))
+    if busy := at_work(store):
+        raise UserError(f"nothing was removed: {busy}. Stop it first (`prunesweep stop SWEEP`), or wait for its end")
+
+
+def _remove_rows(store: Store, dry_run: bool, yes: bool) -> None:
+    from orchestrator.progress import some
+    from storage.removal import remove_rows, unplanned_rows
+
+    if not dry_run:
+        _check_idle(store)
+    found = unplanned_rows(store)
+    for problem in found.problems:
+        warn(problem)
+    if found.left:
+        click.echo(f"{some(found.left, 'row')} of a newer prunesweep left as they are", err=True)
+    what = f"{some(found.rows, 'row')} that no sweep plans, {_bytes(found.size)}"
+    if dry_run:
+        click.echo(f"would remove {what}", err=True)
+        return
     if found.names:
-        for name in found.names:
-            click.echo(name)
-        files = some(len(found.names), "file")
-        _confirm(f"remove {files}, {found.size / 1e6:.1f} MB, from {store.location}?", yes)
-    for name in found.names:
+        _confirm(f"remove {what}, from {store.location}?", yes)
+        remove_rows(store, found)
+    click.echo(f"removed {what}", err=True)
+
+
+def _remove_networks(store: Store, dry_run: bool, yes: bool) -> None:
+    from storage.removal import unneeded_networks
+
+    if not dry_run:
+        _check_idle(store)
+    found = unneeded_networks(store)
+    _remove_files(store, found.names, found.size, dry_run, yes)
+
+
+def _remove_unused(store: Store, dry_run: bool, yes: bool) -> None:
+    from storage.upkeep import left_over, tidy, unused
+
+    statuses = store.statuses() if store.row_file_names() else {}
+
+    def is_done(task_id: str) -> bool:
+        return statuses.get(task_id) == "done"
+
+    found = unused(store, list(store.manifests()), left_over(store, is_done))
+    _remove_files(store, found.names, found.size, dry_run, yes)
+    if not dry_run:
+        tidy(store, is_done)
+
+
+def _remove_files(store: Store, names: tuple[str, ...], size: int, dry_run: bool, yes: bool) -> None:
+    """List files, and remove them once that is confirmed, or not at all with `dry_run`; report their bytes."""
+    from orchestrator.progress import some
+
+    what = f"{some(len(names), 'file')}, {_bytes(size)}"
+    for name in names:
+        click.echo(name)
+    if dry_run:
+        click.echo(f"would remove {what}", err=True)
+        return
+    if names:
+        _confirm(f"remove {what}, from {store.location}?", yes)
+    for name in names:
         store.delete(name)
-    statuses = store.statuses()
-    tidy(store, lambda task_id: statuses.get(task_id) == "done")
-    click.echo(f"removed {some(len(found.names), 'file')}, {found.size / 1e6:.1f} MB", err=True)
+    click.echo(f"removed {what}", err=True)
+
+
+def _bytes(n: int) -> str:
+    """`44 bytes`, `12.3 MB (12,345,678 bytes)`."""
+    return f"{n:,} bytes" if abs(n) < 1e5 else f"{n / 1e6:,.1f} MB ({n:,} bytes)"
 
 
 def _confirm(question: str, yes: bool) -> None:

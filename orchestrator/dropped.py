@@ -16,6 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.plan import PLAN_COLUMNS, Codes
 from orchestrator.progress import some
 from orchestrator.spec import load_spec
+from storage.errors import DamagedError
 from storage.records import Cell, titles
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def check_nothing_dropped(change: Change | None) -> None:
 
 
 def change_of(store: Store, spec: SweepSpec, planned: pa.Table) -> Change | None:
-    """Compare `planned` (at least PLAN_COLUMNS) with the newest expansion of a sweep; None where no task is missing.
+    """Compare `planned` (at least PLAN_COLUMNS) with the newest expansion of a sweep; None where no task is missing, or
+    the newest expansion is damaged.
 
     A task is the same under another id where only the content of the user's code or files differs. What such content
     decides (which layers a pattern matches, how many candidates there are) counts only if the spec changed it too.
@@ -99,7 +101,10 @@ def change_of(store: Store, spec: SweepSpec, planned: pa.Table) -> Change | None
     manifest = store.manifest(spec.name)
     if manifest is None:
         return None
-    ids = store.plan_table(manifest, ["task_id"])["task_id"]
+    try:
+        ids = store.plan_table(manifest, ["task_id"])["task_id"]
+    except DamagedError:  # a new expansion heals it
+        return None
     missing = ~_is_in(ids, planned["task_id"])
     if not missing.any():
         return None

@@ -169,6 +169,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def temporaries(root: str, folders: Iterable[str]) -> dict[str, int]:
+    """Return the abandoned temporary files below some folders of a store, with their sizes in bytes."""
+    found: dict[str, int] = {}
+    for at, _, names in chain.from_iterable(os.walk(Path(root, folder)) for folder in folders):
+        for path in (Path(at, name) for name in names):
+            with suppress(OSError):
+                if _is_abandoned(path):
+                    found[path.relative_to(root).as_posix()] = path.stat().st_size
+    return found
+
+
 def sweep_temporaries(root: str, folders: Iterable[str]) -> list[str]:
     """Remove what writers that are gone left below local `folders` of `root`; return the names.
 

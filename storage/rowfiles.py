@@ -80,7 +80,7 @@ class Listing:
         return [found for found in self.read.values() if isinstance(found, Problem)]
 
 
-def _all(_: str) -> bool:
+def every_file(_: str) -> bool:
     return True
 
 
@@ -91,7 +91,7 @@ def is_compacted(name: str) -> bool:
 
 def valid_rows(store: Store, columns: Sequence[str] | None = None) -> tuple[pa.Table, list[Problem]]:
     """Every valid row once, all columns or some, then its origin; and the files that have none."""
-    listing = look(store, _all, lambda name: row_file(store, name, columns))
+    listing = look(store, every_file, lambda name: row_file(store, name, columns))
     schema = pa.schema(
         [ROW_FILES_SCHEMA.field(name) for name in [*(SCHEMA.names if columns is None else columns), ORIGIN]]
     )
@@ -214,19 +214,19 @@ def compact(store: Store) -> Compaction:
 
     What a killed compaction left is finished by the next: files whose rows are copied already go.
     """
-    listing = look(store, _all, lambda name: row_file(store, name, unknown=True))
+    listing = look(store, every_file, lambda name: row_file(store, name, unknown=True))
     aside = tuple(set_aside(store, problem) for problem in listing.problems)
     once = counted_once(listing.tables)
-    small = [name for name, table in listing.tables.items() if not (_is_full(name, table) or _has_more(table))]
+    small = [name for name, table in listing.tables.items() if not (_is_full(name, table) or has_more(table))]
     if len(small) < 2 and all(is_compacted(name) for name in small):
         return Compaction(0, 0, 0, aside)
     written = rows = 0
     among = set(small)
     try:
-        for group in _groups({name: table for name, table in once.items() if name in among}):
+        for group in in_groups({name: table for name, table in once.items() if name in among}):
             table = pa.concat_tables([once[name] for name in group])
             if len(table):
-                _write(store, table)
+                write_compacted(store, table)
                 written, rows = written + 1, rows + len(table)
     except FileNotFoundError:  # another compaction has taken our file, or set it aside: the rest is its to do
         return Compaction(0, 0, 0, aside)
@@ -240,7 +240,7 @@ def _is_full(name: str, table: pa.Table) -> bool:
     return is_compacted(name) and len(table) >= COMPACTED_ROWS / 2
 
 
-def _has_more(table: pa.Table) -> bool:
+def has_more(table: pa.Table) -> bool:
     """Return whether a file has what this version would drop: columns that it does not know, or a newer schema."""
     if len(table.column_names) > len(ROW_FILES_SCHEMA):
         return True
@@ -248,7 +248,7 @@ def _has_more(table: pa.Table) -> bool:
     return (newest or 0) > SCHEMA_VERSION
 
 
-def _groups(tables: dict[str, pa.Table]) -> list[list[str]]:
+def in_groups(tables: dict[str, pa.Table]) -> list[list[str]]:
     """The names in groups of at most COMPACTED_ROWS rows together, or of one file; no two groups fit in one."""
     groups: list[list[str]] = []
     room: list[int] = []
@@ -262,8 +262,8 @@ def _groups(tables: dict[str, pa.Table]) -> list[list[str]]:
     return groups
 
 
-def _write(store: Store, table: pa.Table) -> None:
-    """Make `table` durable as one compacted file, and make sure that it reads back as it is.
+def write_compacted(store: Store, table: pa.Table) -> str:
+    """Make `table` durable as one compacted file, make sure that it reads back as it is, and return its name.
 
     Raises FileNotFoundError where it is gone by then.
     """
@@ -274,6 +274,7 @@ def _write(store: Store, table: pa.Table) -> None:
     if isinstance(found, Problem) or len(found) != len(table) or back != content:
         store.delete(name)
         raise StoreError(f"{name} did not read back as it was written: nothing was removed")
+    return name
 
 
 def set_aside(store: Store, problem: Problem) -> Problem:

@@ -9,17 +9,23 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from orchestrator.plan import ROW_BYTES
 from storage.commit import ABANDONED_SECONDS
+from storage.errors import StoreError
 from storage.machine import machine, process_started
 from storage.manifest import planned_tasks
 from storage.records import Row, utc_now
+from storage.removal import remove_rows, unplanned_rows
 from storage.schema import table_to_rows
 from storage.store import Store
 from storage.upkeep import tidy
@@ -211,12 +217,14 @@ def test_rm_unused_removes_what_no_sweep_needs(store: Store, run: Run) -> None:
     assert out.split() == sorted(unneeded)
     assert files(store) == before
     code, out, err = run("rm", "--unused", answer="y\n")
-    assert code == 0 and "remove 4 files, 0.0 MB, from results?" in err and err.endswith("removed 4 files, 0.0 MB\n")
+    assert (
+        code == 0 and "remove 4 files, 155 bytes, from results?" in err and err.endswith("removed 4 files, 155 bytes\n")
+    )
     after = files(store)
     assert before.keys() - after.keys() == unneeded
     assert after == {name: before[name] for name in after}
     assert {name.split("/")[0] for name in after} == {"sweeps", "rows", "dense", "networks", "scratch"}
-    assert run("rm", "--unused") == (0, "", "removed 0 files, 0.0 MB\n")
+    assert run("rm", "--unused") == (0, "", "removed 0 files, 0 bytes\n")
     assert files(store) == after
 
 
@@ -240,6 +248,153 @@ def test_rm_unused_where_only_dense_weights_are_left(tmp_path: Path, run: Run) -
     code, out, _ = run("rm", "--unused", "--yes", "--store", store.root)
     assert code == 0 and DENSE.dense_id in out
     assert store.dense_ids() == set()
+
+
+# -- rm --rows, --networks, --dry-run --------------------------------------------------------------------
+
+
+def test_rm_rows_removes_what_no_sweep_plans(store: Store, run: Run) -> None:
+    """Rows of tasks that no newest expansion plans go, out of files that hold planned ones too; all else stays, and
+    the bytes are those that the folder lost."""
+    store.commit_rows("s0", [done(A[2]), done(B[1])])
+    plan(store, "mini", A[:1])
+    planned = {A[0].task_id, *(task.task_id for task in B)}
+    kept = [row for row in rows(store) if row.task_id in planned]
+    size = sum(store.sizes("rows").values())
+    before = files(store)
+    code, _, err = run("rm", "--rows", "--dry-run")
+    assert code == 0 and "would remove 3 rows that no sweep plans, " in err and files(store) == before
+    assert run("rm", "--rows", answer="n\n")[0] == 2 and files(store) == before
+    code, _, err = run("rm", "--rows", "--yes")
+    assert code == 0 and rows(store) == kept
+    freed = size - sum(store.sizes("rows").values())
+    assert f"removed 3 rows that no sweep plans, {freed:,} bytes" in err
+    others = {name: content for name, content in before.items() if not name.startswith("rows/")}
+    assert {name: content for name, content in files(store).items() if not name.startswith("rows/")} == others
+    after = files(store)
+    assert "removed 0 rows" in run("rm", "--rows", "--yes")[2] and files(store) == after
+
+
+@pytest.mark.parametrize("option", ["--rows", "--networks"])
+def test_rm_rows_and_networks_refuse_while_anything_is_at_work(store: Store, run: Run, option: str) -> None:
+    """A driver or worker of any sweep, anywhere; a dry run shows what would go all the same."""
+    plan(store, "mini", A[1:])
+    for folder in ("drivers", "workers"):
+        note(store, f"{folder}/living", sweep="other", machine="00000000", pid=1)
+        before = files(store)
+        code, _, err = run("rm", option, "--yes")
+        assert code == 2 and "is at work" in err and files(store) == before
+        assert run("rm", option, "--dry-run")[0] == 0 and files(store) == before
+        store.scratch.forget(f"{folder}/living")
+    assert run("rm", option, "--yes")[0] == 0 and files(store) != before
+
+
+def test_rm_networks_removes_those_without_a_planned_task_or_a_row(store: Store, run: Run) -> None:
+    """The network that a row of a planned task names stays, and foreign files do."""
+    kept = store.commit_network(B[1].task_id, b"named")
+    store.commit_rows("s1", [done(B[1], kept_network=kept)])
+    lost = store.commit_network(B[0].task_id, b"no row names it")
+    (old,) = [f"networks/{name}" for name in store.names("networks") if name.startswith(A[0].task_id)]
+    Path(store.root, "networks", "mine.txt").write_text("mine")
+    code, out, err = run("rm", "--networks", "--dry-run")
+    assert code == 0 and out.split() == sorted([lost, old]) and "would remove 2 files, 24 bytes" in err
+    assert run("rm", "--networks", "--yes")[2] == "removed 2 files, 24 bytes\n"
+    assert sorted(store.names("networks")) == sorted([Path(kept).name, "mine.txt"])
+
+
+@pytest.mark.parametrize("arguments", [("mini",), ("--unused",), ("--rows",), ("--networks",), ("--rows", "--unused")])
+def test_a_dry_run_removes_nothing(store: Store, run: Run, arguments: tuple[str, ...]) -> None:
+    """For every form of rm: what would go is shown with its bytes, nothing is asked."""
+    if arguments != ("mini",):
+        store.remove_sweep("mini")
+    pid, started = ended_process()
+    note(store, "drivers/gone", pid=pid, process_started=started)
+    before = files(store)
+    code, out, err = run("rm", *arguments, "--dry-run")
+    assert code == 0 and "would remove" in err and " bytes" in err and files(store) == before
+    assert ("scratch/drivers/gone.json" in out) == ("--unused" in arguments)
+    if arguments == ("mini",):
+        assert set(out.split()) == {name for name in before if name.startswith("sweeps/mini/")}
+
+
+class Killed(Exception):
+    """What ends a process."""
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True), min_size=1, max_size=5),
+    st.sets(st.integers(0, 9)),
+    st.integers(0, 12),
+    st.booleans(),
+)
+def test_rows_that_are_removed_by_a_process_that_is_killed(
+    tmp_path: Path, committed: list[list[int]], planned: set[int], step: int, compacted: bool
+) -> None:
+    """After each step every planned row counts, once, and no other row is new; the next attempt ends it. What a
+    compaction that was killed left in addition does no harm."""
+    store = Store(tmp_path / uuid.uuid4().hex)
+    given_tasks = tasks(ORACLE, 10)
+    plan(store, "mini", [given_tasks[i] for i in sorted(planned)] or tasks(L1, 1))
+    for numbers in committed:
+        store.commit_rows("s0", [done(given_tasks[i]) for i in numbers])
+    if compacted:
+        originals = {name: store.read(name) for name in store.row_file_names()}
+        store.compact()
+        for name, content in list(originals.items())[::2]:
+            store.commit(name, content)
+    ids = {given_tasks[i].task_id for i in planned}
+    before = lines(store)
+    wanted = Counter({line: n for line, n in before.items() if line[0] in ids})
+
+    class Dying(Store):
+        left = step
+
+        def delete(self, name: str) -> None:
+            self.die()
+            super().delete(name)
+            check()
+
+        def commit(self, name: str, content: bytes) -> None:
+            self.die()
+            super().commit(name, content)
+            check()
+
+        def die(self) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+
+    def check() -> None:
+        found = lines(store)
+        assert {line: n for line, n in found.items() if line[0] in ids} == wanted and found <= before
+
+    dying = Dying(store.root)
+    with suppress(Killed):
+        remove_rows(dying, unplanned_rows(dying))
+    check()
+    remove_rows(store, unplanned_rows(store))
+    assert lines(store) == wanted and unplanned_rows(store).rows == 0
+    store.compact()
+    assert lines(store) == wanted
+
+
+def lines(store: Store) -> Counter[tuple[str, str]]:
+    """Every row that counts, as its task and the file it was committed in."""
+    table, _ = store.row_files(["task_id"])
+    return Counter(zip(table["task_id"].to_pylist(), table["file"].to_pylist(), strict=True))
+
+
+def test_rows_that_are_planned_meanwhile_stay(store: Store) -> None:
+    """A sweep that is planned between the look and the removal keeps its rows, and what was written goes."""
+    store.remove_sweep("mini")
+    found = unplanned_rows(store)
+    assert found.rows == 3
+    plan(store, "third", A)
+    before = files(store)
+    with pytest.raises(StoreError, match="a sweep was planned or removed meanwhile"):
+        remove_rows(store, found)
+    assert files(store) == before
 
 
 # -- tidy ---------------------------------------------------------------------------------------------
