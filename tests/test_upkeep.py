@@ -217,9 +217,8 @@ def test_rm_unused_removes_what_no_sweep_needs(store: Store, run: Run) -> None:
     assert out.split() == sorted(unneeded)
     assert files(store) == before
     code, out, err = run("rm", "--unused", answer="y\n")
-    assert (
-        code == 0 and "remove 4 files, 155 bytes, from results?" in err and err.endswith("removed 4 files, 155 bytes\n")
-    )
+    assert code == 0 and "remove 4 files, 155 bytes, from results?" in err
+    assert err.endswith("removed 4 files, 155 bytes\n")
     after = files(store)
     assert before.keys() - after.keys() == unneeded
     assert after == {name: before[name] for name in after}
