@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -112,3 +114,16 @@ def test_criteria(at: int, propagation: str, store: Store) -> None:
         (lead,) = [p for p in pairs if p.cell == ALL_CELLS and (p.better, p.worse) == ("score_l1", X)]
         assert (round(lead.difference, 2), round(lead.p_holm, 2)) == (0.17, 0.03)
         assert (round(lead.interval.low, 2), round(lead.interval.high, 2)) == (0.06, 0.27)
+
+
+@pytest.mark.parametrize("study", ["lenet5-mini-panels"])
+def test_published_rows_are_resumed(study: str, tmp_path: Path) -> None:
+    """The rows of a study that still runs are tasks of its spec; the script adds each of them to a store once."""
+    script = [sys.executable, str(FOLDER / "findings" / "resume.py"), study, "--store", str(tmp_path)]
+    for added in ("[1-9][0-9]*", "0"):
+        said = subprocess.run(script, check=True, capture_output=True, text=True, cwd=FOLDER.parent).stdout
+        assert re.fullmatch(rf"{study}: {added} of [0-9]+ rows added to {tmp_path}\n", said)
+    document = open_document(str(FOLDER / "findings" / f"{study}.yaml"))
+    tasks = {task.task_id for shard in planned(check(document, "data"), document, "data") for task in shard.tasks}
+    statuses = Store(tmp_path).statuses()
+    assert set(statuses.values()) == {"done"} and statuses.keys() <= tasks
