@@ -18,6 +18,7 @@ from orchestrator.progress import some
 from orchestrator.spec import load_spec
 from storage.errors import DamagedError
 from storage.records import Cell, titles
+from storage.rowfiles import Problem, warn_skipped
 
 if TYPE_CHECKING:
     from orchestrator.spec import SweepSpec
@@ -93,7 +94,7 @@ def check_nothing_dropped(change: Change | None) -> None:
 
 def change_of(store: Store, spec: SweepSpec, planned: pa.Table) -> Change | None:
     """Compare `planned` (at least PLAN_COLUMNS) with the newest expansion of a sweep; None where no task is missing, or
-    the newest expansion is damaged.
+    the newest expansion is damaged, with a warning.
 
     A task is the same under another id where only the content of the user's code or files differs. What such content
     decides (which layers a pattern matches, how many candidates there are) counts only if the spec changed it too.
@@ -103,7 +104,8 @@ def change_of(store: Store, spec: SweepSpec, planned: pa.Table) -> Change | None
         return None
     try:
         ids = store.plan_table(manifest, ["task_id"])["task_id"]
-    except DamagedError:  # a new expansion heals it
+    except DamagedError as error:  # a new expansion takes its place
+        warn_skipped(Problem(error.file, f"{error.reason}. Whether the grid drops tasks that it planned is unknown"))
         return None
     missing = ~_is_in(ids, planned["task_id"])
     if not missing.any():

@@ -38,7 +38,7 @@ T = TypeVar("T")
 SMALL_BYTES = 4 * 2**20
 """Below pyarrow's size of a part of an upload to S3, 5 MiB and more."""
 
-_HEAL = "; run its spec again with --replace, or remove the sweep with `prunesweep rm {sweep}`: the rows stay"
+_HEAL = "; run its spec again, or remove the sweep with `prunesweep rm {sweep}`: the rows stay"
 """What to do about the damaged expansion of a sweep."""
 
 _READ_ERRORS = (pa.ArrowException, ValueError, OSError, KeyError)

@@ -21,6 +21,7 @@ from orchestrator.errors import UserError
 from orchestrator.plan import PLAN_COLUMNS
 from orchestrator.run import Options, run_spec
 from orchestrator.spec import load_spec
+from storage.errors import SkippedFile
 from storage.manifest import PlannedTask, plan_content, read_plan
 from storage.records import Shard, Task, Tasks, row_for
 from storage.store import Store
@@ -148,6 +149,14 @@ def test_the_newest_expansion_counts(store: Store) -> None:
     record(store, specs.document(WIDE | {"ratio": [0.2]}, **FEW))
     assert change(store, specs.document(WIDE | {"ratio": [0.2, 0.6]}, **FEW)) is None
     assert change(store, specs.document(WIDE | {"ratio": 0.4}, **FEW)) is not None
+
+
+def test_a_damaged_expansion_cannot_be_compared(store: Store) -> None:
+    """The new one takes its place; that it may drop tasks is a warning."""
+    record(store, specs.document({"ratio": [0.2, 0.4]}, **FEW))
+    (Path(store.root) / store.newest("made").files[0]).write_text("")
+    with pytest.warns(SkippedFile, match="Whether the grid drops tasks that it planned is unknown"):
+        assert change(store, specs.document({"ratio": 0.2}, **FEW)) is None
 
 
 def test_many_tasks_are_compared_in_a_moment(store: Store) -> None:
