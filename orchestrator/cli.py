@@ -44,6 +44,7 @@ COMMANDS = {
     "corr": "cli_corr",
     "plot": "cli_plot",
     "report": "cli_report",
+    "import": "cli_import_store",
     "import-logs": "cli_import",
     "studies": "cli_setup",
     "prefetch": "cli_setup",
@@ -91,6 +92,7 @@ HELP = {
     "corr": "Does the loss after pruning predict the accuracy after retraining?",
     "plot": "Draw the scatter of a sweep.",
     "report": "Write all there is to say of a sweep into one HTML file.",
+    "import": "Merge the sweeps and rows of another store into this one.",
     "import-logs": "Make rows of the reference implementation's text logs.",
     "studies": "List the studies that ship with prunesweep, or show one.",
     "prefetch": "Download data sets into the data root.",
@@ -107,7 +109,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        return getattr(import_module(f"orchestrator.{COMMANDS[cmd_name]}"), cmd_name.replace("-", "_"))
+        name = {"import": "import_store"}.get(cmd_name, cmd_name.replace("-", "_"))  # `import` is a keyword
+        return getattr(import_module(f"orchestrator.{COMMANDS[cmd_name]}"), name)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args[0] not in COMMANDS:

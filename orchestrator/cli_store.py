@@ -201,7 +201,7 @@ def _remove_rows(store: Store, dry_run: bool, yes: bool) -> None:
         return
     if found.names:
         _confirm(f"remove {what}, from {store.location}?", yes)
-        remove_rows(store, found)
+        what = f"{some(found.rows, 'row')} that no sweep plans, {_bytes(remove_rows(store, found))}"
     click.echo(f"removed {what}", err=True)
 
 

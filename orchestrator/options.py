@@ -14,7 +14,6 @@ import click
 
 from orchestrator.errors import UserError
 from orchestrator.phases import phases
-from storage.errors import StoreError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -154,8 +153,7 @@ def existing_store(location: str) -> Store:
     from storage.store import Store
 
     store = Store(location)
-    if not store.exists():
-        raise StoreError(f"no store at {location}: nothing was run there yet (--store or PRUNESWEEP_STORE)")
+    store.check_exists()
     return store
 
 

@@ -39,7 +39,8 @@ NETWORK_NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{8}\.safetensors")
 class UnplannedRows:
     """Rows that no sweep plans: their number, the files that hold any, and what is kept of these files, by file.
 
-    `size` is how many bytes their removal frees. `left` are unplanned rows that stay, in files of a newer version.
+    `size` is how many bytes their removal frees, to within a few for each file that is written.
+    `left` are unplanned rows that stay, in files of a newer version.
     `plan` are the expansions that were read.
     """
 
@@ -92,8 +93,10 @@ def unplanned_rows(store: Store) -> UnplannedRows:
     return UnplannedRows(rows, tuple(names), tables, size, left, tuple(listing.problems), plan)
 
 
-def remove_rows(store: Store, found: UnplannedRows) -> None:
-    """Remove what `unplanned_rows` found. A kill at any moment leaves every planned row, once.
+def remove_rows(store: Store, found: UnplannedRows) -> int:
+    """Remove what `unplanned_rows` found, and return how many bytes that has freed.
+
+    A kill at any moment leaves every planned row, once.
 
     Raises StoreError, and then removes nothing, where a sweep was planned or a driver began meanwhile.
     """
@@ -107,8 +110,10 @@ def remove_rows(store: Store, found: UnplannedRows) -> None:
         for name in written:  # they hide the unplanned rows of the files that stay
             store.delete(name)
         raise
+    sizes = {f"rows/{name}": size for name, size in store.sizes("rows").items()}
     for name in found.names:
         store.delete(name)
+    return sum(sizes.get(name, 0) for name in found.names) - sum(sizes.get(name, 0) for name in written)
 
 
 def unneeded_networks(store: Store) -> UnneededNetworks:

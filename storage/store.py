@@ -99,6 +99,11 @@ class Store:
         """Whether anything was ever stored here."""
         return bool(self._files("sweeps", recursive=True) or self._files("rows") or self._files("dense"))
 
+    def check_exists(self) -> None:
+        """Raise StoreError where nothing was ever stored here."""
+        if not self.exists():
+            raise StoreError(f"no store at {self.location}: nothing was run there yet (--store or PRUNESWEEP_STORE)")
+
     def check_writable(self) -> None:
         """Raise StoreError unless a file can be written. Leaves no trace, not even a new folder."""
         if not self.is_local:
@@ -155,6 +160,11 @@ class Store:
     def sizes(self, folder: str) -> dict[str, int]:
         """The files in a folder, by their names in it, with their sizes in bytes."""
         return {i.base_name: i.size or 0 for i in self._files(folder)}
+
+    def by_age(self, folder: str) -> list[str]:
+        """Return the files in a folder by their names in it, the one committed first before the others."""
+        infos = sorted(self._files(folder), key=lambda info: (info.mtime_ns or 0, info.base_name))
+        return [info.base_name for info in infos]
 
     def commit(self, name: str, content: bytes) -> None:
         """Make `content` durable; a file that is there already stays as it is. Raises StoreError."""
@@ -218,9 +228,12 @@ class Store:
     def row_files(self, columns: Sequence[str] | None = None) -> tuple[pa.Table, list[Problem]]:
         """Every valid row once, all columns or some, with the file it was committed in; and the files that have none.
 
-        Raises StoreError where a file cannot be read: it may have rows.
+        Raises StoreError where a file cannot be read: it may have rows; and where there is no store.
         """
-        return valid_rows(self, columns)
+        rows, problems = valid_rows(self, columns)
+        if not (len(rows) or problems):
+            self.check_exists()
+        return rows, problems
 
     def statuses(self) -> dict[str, str]:
         """task id -> done or failed, for every task that has a row."""
@@ -275,6 +288,14 @@ class Store:
         stems = [file.removesuffix(suffix) for file in self.names(f"sweeps/{name}") if file.endswith(suffix)]
         return [stem for stem in stems if STEM.fullmatch(stem)]
 
+    def expansions(self, name: str) -> list[Manifest]:
+        """Return all expansions of a sweep, the oldest first."""
+        return [Manifest(name, stem) for stem in sorted(self._stems(name, ".parquet"))]
+
+    def expansion(self, manifest: Manifest) -> tuple[bytes, bytes]:
+        """Return the spec of an expansion and its tasks as bytes. Raises DamagedError, StoreError."""
+        return self._expansion(manifest)
+
     def newest(self, name: str) -> Manifest:
         """Return the newest expansion of a sweep, read once to verify it.
 
@@ -282,6 +303,7 @@ class Store:
         """
         manifest = self.current(name)
         if manifest is None:
+            self.check_exists()
             raise QueryError(f"no sweep {name} in {self.location}; there are: {', '.join(self.sweeps()) or 'none'}")
         self._expansion(manifest)
         return manifest
@@ -424,12 +446,14 @@ class Store:
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
         """One SELECT over the store's views, as a DuckDB relation (`.df()`, `.fetchall()`, ...).
 
-        Raises QueryError for anything but one SELECT (or EXPLAIN), and for an error in it.
+        Raises QueryError for anything but one SELECT (or EXPLAIN), and for an error in it; StoreError where there is no
+        store.
         """
         import duckdb
 
         from storage.sql import run_query
 
+        self.check_exists()
         return duckdb.connect().from_arrow(run_query(self, query))
 
 
