@@ -119,8 +119,8 @@ def remove_rows(store: Store, found: UnplannedRows) -> int:
 def unneeded_networks(store: Store) -> UnneededNetworks:
     """Find the kept networks whose task no sweep plans, or which no row names. Changes nothing."""
     planned = set(_planned(store, tuple(store.manifests())).to_pylist())
-    rows, _ = store.row_files(("kept_network",))
-    named = set(rows["kept_network"].to_pylist())
+    rows = store.row_files(("kept_network",))[0] if store.row_file_names() else None
+    named = set(rows["kept_network"].to_pylist()) if rows is not None else set[str]()
     sizes: dict[str, int] = {}
     for name, size in store.sizes("networks").items():
         match = NETWORK_NAME.fullmatch(name)

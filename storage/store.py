@@ -100,8 +100,9 @@ class Store:
         return bool(self._files("sweeps", recursive=True) or self._files("rows") or self._files("dense"))
 
     def check_exists(self) -> None:
-        """Raise StoreError where nothing was ever stored here."""
-        if not self.exists():
+        """Raise StoreError where nothing was ever stored here. A store that was emptied still has its folders."""
+        emptied = self.is_local and any(Path(self.root, name).is_dir() for name in ("rows", "sweeps", "aside"))
+        if not (emptied or self.exists()):
             raise StoreError(f"no store at {self.location}: nothing was run there yet (--store or PRUNESWEEP_STORE)")
 
     def check_writable(self) -> None:

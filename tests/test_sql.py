@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from storage import statistics
-from storage.errors import QueryError
+from storage.errors import QueryError, StoreError
 from storage.records import Task
 from storage.schema import SCHEMA
 from storage.sql import FUNCTIONS, VIEWS, check_select, column_names, connection, run_query
@@ -65,10 +65,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_every_view_answers_on_an_empty_store(view: str, tmp_path: Path) -> None:
-    """A store that is not there yet is an empty one, and asking makes nothing."""
+    """A store that was emptied has no rows; one that does not exist is an error, and asking makes nothing."""
     store = Store(tmp_path / "none")
-    assert store.sql(f"select * from {view}").fetchall() == []
+    with pytest.raises(StoreError, match="no store at"):
+        store.sql(f"select * from {view}")
     assert tree(tmp_path) == {}
+    store.delete(store.commit_rows("s0", [done(tasks(ORACLE, 1)[0])]))
+    assert store.sql(f"select * from {view}").fetchall() == []
 
 
 def test_views_are_those_that_are_documented(store: Store) -> None:
@@ -561,7 +564,7 @@ def test_a_mean_needs_every_seed(tmp_path: Path) -> None:
     assert found == [(None, 0.5, 2)]
 
 
-def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
+def test_a_column_named_twice_is_refused(store: Store) -> None:
     """JSON and Parquet would lose one of them without a word."""
     with pytest.raises(QueryError, match="two columns are named a"):
-        run_query(Store(str(tmp_path)), "select 1 as a, 2 as a")
+        run_query(store, "select 1 as a, 2 as a")

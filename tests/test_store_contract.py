@@ -85,6 +85,8 @@ def contents(store: Store) -> dict[str, bytes]:
 
 def rows_of(store: Store) -> Rows:
     """Every row that counts, with the file it was committed in (by repr, where NaN is NaN)."""
+    if not store.exists():
+        return Counter()
     table, _ = store.row_files()
     return Counter(zip(table["file"].to_pylist(), map(repr, table_to_rows(table)), strict=True))
 
@@ -254,6 +256,9 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def every_row_counts_once_and_every_damaged_file_is_reported_once(self) -> None:
+        if not self.store.exists():  # not yet, or all is set aside
+            assert not self.committed and not self.planted
+            return
         table, problems = self.store.row_files()
         found = Counter(zip(table["file"].to_pylist(), map(repr, table_to_rows(table)), strict=True))
         assert found == expected(*self.committed)
@@ -273,7 +278,8 @@ class Life(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         known = {task: seen for shard in SHARDS for task, seen in self.attempts(shard).items()}
-        assert self.store.statuses() == {task: min(seen) for task, seen in known.items()}  # done sorts before failed
+        found = self.store.statuses() if self.store.exists() else {}
+        assert found == {task: min(seen) for task, seen in known.items()}  # done sorts before failed
 
 
 def _statuses(attempts: Attempts) -> dict[str, list[str]]:
@@ -363,7 +369,7 @@ def test_rows_come_back_as_they_were_with_their_file(store: Store, given: list[l
     assert rows_of(here) == expected(*committed)
     here.compact()
     assert rows_of(here) == expected(*committed)
-    assert here.row_files()[1] == []
+    assert not here.exists() or here.row_files()[1] == []
 
 
 def test_a_row_file_is_named_after_its_shard_and_is_in_one_store_only(store: Store) -> None:
@@ -417,6 +423,7 @@ def test_a_file_with_other_columns_beyond_ours_counts(store: Store) -> None:
 def test_a_task_is_done_where_any_of_its_rows_is(store: Store) -> None:
     """Done beats failed in any order of files and rows, and a task without a row has no status."""
     a, b, c, _ = tasks(ORACLE, 4)
+    plan(store, "mini", [a])
     assert store.statuses() == {}
     for rows in ([failed(a), done(a), failed(a)], [failed(b)], [done(c)], [failed(c)]):
         store.commit_rows("s0", rows)
@@ -635,6 +642,8 @@ def test_readers_writers_and_compactions_go_together(store: Store) -> None:
         while not over.is_set():
             if (found := Store(store.location).compact()) != NOTHING:
                 merged.append(found.merged)
+
+    plan(store, "mini", tasks(ORACLE, 1))
 
     def read() -> int:
         for looks in itertools.count():
@@ -949,8 +958,10 @@ def test_unused_is_what_no_sweep_needs(store: Store) -> None:
 def test_sql_sees_plans_and_rows(store: Store) -> None:
     """The views tell what was planned, what is done, failed and pending, before and after compaction."""
     a, b, c = tasks(ORACLE, 3)
-    assert store.sql("select count(*) from attempts").fetchall() == [(0,)]
+    with pytest.raises(StoreError, match="no store at"):
+        store.sql("select count(*) from attempts")
     plan(store, "mini", [a, b, c])
+    assert store.sql("select count(*) from attempts").fetchall() == [(0,)]
     store.commit_rows("s0", [failed(a), failed(b)])
     store.commit_rows("s0", [done(a, pruned_train_loss=0.5)])
     for _ in range(2):
