@@ -142,6 +142,7 @@ class Worker:
         DenseMissing, StoreError, Diverged of a dense model, MemoryShort for a task to be run alone, Repeated.
         """
         with self._at(shard):
+            self.phase("preparing a shard")
             if self.pulse and self.pulse.is_elsewhere(shard.filed_under):
                 raise Elsewhere
             while True:
