@@ -134,6 +134,7 @@ def say_fallbacks(store: Store, sweep: str) -> None:
     from orchestrator.progress import slower
     from storage.fallbacks import fallbacks
 
+    phases()("looking for tasks on slower back-ends")
     for fallback in fallbacks(store, sweep):
         click.echo(slower(fallback), err=True)
 

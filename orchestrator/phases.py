@@ -35,8 +35,9 @@ class Phases:
     def __init__(self, quiet: float = QUIET_SECONDS, again: float = HEARTBEAT_SECONDS) -> None:
         self._quiet, self._again = quiet, again
         self._phase: Phase | None = None
-        self._began = self._last = time.monotonic()
+        self._began = self._last = self._worked = time.monotonic()
         self._printed: str | None = None
+        self._rested = False
         self._counted: Progress | None = None
         self._lock, self._end = threading.RLock(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -60,7 +61,7 @@ class Phases:
             self._end.set()
             self._thread.join()
             self._thread = None
-        self._phase = None
+        self._phase, self._rested = None, True
         if self._line is not None:
             self._line.close()
             self._line = None
@@ -79,6 +80,8 @@ class Phases:
                 self._counted = None
 
     def _begin(self) -> None:
+        if self._rested:  # what was printed meanwhile is no silence
+            self._last = self._worked = time.monotonic()
         self._end = threading.Event()
         self._line = _Line() if sys.stderr.isatty() else None
         # A daemon: a command that ends by an exception of its own is not kept alive by this.
@@ -96,7 +99,7 @@ class Phases:
         if self._counted is not None:
             self._counted.phase = phase
             self._counted.beat()
-        elif phase is None or now - self._began < self._quiet:
+        elif phase is None or now - self._worked < self._quiet:
             return
         elif self._line is not None:
             self._line.show(f"{phase}, {clock(now - self._began)}")

@@ -23,6 +23,7 @@ from orchestrator.plan import check
 from orchestrator.preflight import Subject, preflight
 from orchestrator.progress import Progress
 from orchestrator.run import Options, run_spec
+from storage import claims, fallbacks
 from storage.phases import TRAINING_DENSE, Phase
 from storage.store import Store
 from tests import specs
@@ -79,7 +80,8 @@ def test_a_slow_command_reports_its_phase_and_leaves_stdout_as_it_is(
     assert run("corr", "made", "-f", "json", "--store", "results") == 0
     quick = capfd.readouterr()
     delayed(monkeypatch, cli_corr, "correlations")
-    delayed(monkeypatch, __import__("storage.claims").claims, "_claim")
+    delayed(monkeypatch, claims, "_claim")
+    delayed(monkeypatch, fallbacks, "fallbacks")  # which is asked after the table
     monkeypatch.setenv("XDG_CACHE_HOME", str(results / "cache"))
     assert run("corr", "made", "-f", "json", "--store", "results") == 0
     slow = capfd.readouterr()
@@ -87,6 +89,7 @@ def test_a_slow_command_reports_its_phase_and_leaves_stdout_as_it_is(
     lines = slow.err.splitlines()
     assert lines[0] == "reading the store"
     assert "computing the statistics of cell 1 of 1" in lines
+    assert "looking for tasks on slower back-ends" in lines
 
 
 def test_a_slow_query_reports_its_phase(results: Path, capfd: pytest.CaptureFixture[str], soon: None) -> None:
