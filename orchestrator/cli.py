@@ -68,6 +68,7 @@ PHASES = {
     "plot": "reading the store",
     "report": "reading the store",
     "import-logs": "reading the logs",
+    "import": "merging the stores",
     "studies": "expanding the studies",
     "prefetch": "looking for data sets",
     "doctor": "checking this machine",

@@ -60,6 +60,11 @@ def delayed(monkeypatch: pytest.MonkeyPatch, module: object, name: str, seconds:
 # -- commands ------------------------------------------------------------------------------------------
 
 
+def test_every_command_begins_with_a_phase() -> None:
+    """But `query`, which forks first."""
+    assert set(cli.PHASES) == set(cli.COMMANDS) - {"query"}
+
+
 @pytest.mark.parametrize(
     "command", [("ls",), ("corr", "made"), ("query", "select 1 as one"), ("export", "made", "-o", "made.csv")]
 )
