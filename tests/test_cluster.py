@@ -103,6 +103,22 @@ def build(classes, shape):
 """
 
 
+def test_a_job_that_drops_planned_tasks_is_refused(
+    cluster: Cluster, quick_jobs: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only the job sees the store, its message and its exit code 2 arrive; --replace goes with it."""
+    monkeypatch.setenv("QUICK_POISON", "{}")
+    at = ("--address", cluster.jobs, *quickly())
+    assert in_process(capsys, "submit", "quick.yaml", *at)[0] == 0
+    before = quick_jobs.newest("quick")
+    monkeypatch.setattr("orchestrator.cli_cluster._check_kept", lambda *_: None)
+    code, out, _ = in_process(capsys, "submit", "quick.yaml", *at, "--set", "candidates.count=4")
+    assert code == 2 and "this spec drops 6 of its 10 planned tasks, 6 done:" in out and "--replace" in out
+    assert quick_jobs.newest("quick") == before
+    code, out, _ = in_process(capsys, "submit", "quick.yaml", *at, "--set", "candidates.count=4", "--replace")
+    assert code == 0 and len(quick_jobs.plan_table(quick_jobs.newest("quick"))) == 4
+
+
 def test_stop_drains_and_resume_goes_on(
     cluster: Cluster, quick_jobs: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
