@@ -126,7 +126,8 @@ def reports(nodes: Sequence[Mapping[str, Any]], location: str, data_root: str) -
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from orchestrator import probe
-    from orchestrator.cluster import START, first_line
+    from orchestrator.cluster import START
+    from orchestrator.errors import first_line
     from storage.store import Store
 
     opened, alive = Store(location), [node for node in nodes if node["Alive"]]

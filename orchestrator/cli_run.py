@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
@@ -117,6 +118,7 @@ def run(
     options = _options(ctx, data_root, address, inline, track, max_workers, priority)
     words = () if spec == "-" else (spec, *(word for one in overrides for word in ("--set", one)))
     started = _given(words, store, data_root, address, inline, track, *share_words(max_workers, priority))
+    options = dataclasses.replace(options, again=started.resume(name))
     outcome = _or_say_how_to_resume(
         started.resume(name), lambda: run_spec(opened, document, options, phases(), replace=replace)
     )
@@ -179,6 +181,7 @@ def resume(
     only = _chosen(opened, sweep, failed, where, shard)
     options = _options(ctx, data_root, address, inline, track, max_workers, priority)
     started = _given((), store, data_root, address, inline, track, *share_words(max_workers, priority))
+    options = dataclasses.replace(options, again=started.resume(sweep))
     outcome = _or_say_how_to_resume(started.resume(sweep), lambda: run_sweep(opened, manifest, options, only, phases()))
     _close(ctx, opened, outcome, started, form, output)
 

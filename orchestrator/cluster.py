@@ -6,17 +6,26 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.auth import Token, keep_private, refusal, token
-from orchestrator.errors import ClusterError, UserError
+from orchestrator.credentials import handed_out
+from orchestrator.embedded import start_embedded
+from orchestrator.environment import environment
+from orchestrator.errors import ClusterError, UserError, first_line
+from orchestrator.guardian import end_processes, guarded, sessions_of
+from orchestrator.watch import ClusterLost, Watch, needed_processes, node_lives, reconnect_seconds, watched
 
 if TYPE_CHECKING:
+    from orchestrator.drivers import Driver
     from orchestrator.run import Options
 
 CONNECT_SECONDS = 10.0
+
+EMBEDDED_SECONDS = 40.0
+"""How long the control store of an embedded Ray may be silent."""
 
 _ASKED_FIRST = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 
@@ -30,11 +39,11 @@ SETUP_HOOK: str | Callable[[], None] = f"{START}.claim_rooms"
 
 
 @contextlib.contextmanager
-def connected(options: Options, *, claiming: bool = True) -> Iterator[None]:
-    """Connected to a Ray cluster: the one at `options.address`, or one embedded for this run.
+def connected(options: Options, driver: Driver | None = None, *, claiming: bool = True) -> Iterator[None]:
+    """Connect to a Ray cluster as long as this lasts: the one at `options.address`, or one embedded for this run.
 
     Workers begin by claiming our rooms, which they need to have, unless told otherwise. Raises ClusterError with
-    what to do.
+    what to do, ClusterLost where the cluster dies meanwhile; then `driver` is asked to stop.
     """
     arguments: dict[str, Any] = {
         "address": options.address or "local",
@@ -42,26 +51,55 @@ def connected(options: Options, *, claiming: bool = True) -> Iterator[None]:
         "logging_level": logging.INFO if options.debug else logging.CRITICAL,
         "runtime_env": {"worker_process_setup_hook": SETUP_HOOK} if claiming else {},
     }
-    if not options.address:
-        arguments |= {"include_dashboard": False}
-    import ray
-
     # RAY_ADDRESS would win over the argument. Our setting of it was read before.
     usage = {"RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")}  # nothing is sent unasked
-    try:
-        with environment({"RAY_ADDRESS": None, **usage}):
-            try:
-                ray.init(**arguments)
-                if not options.address:
-                    keep_private()
-            except Exception as error:  # where a node does not start in time, Ray raises nothing more special
-                where = f"the Ray cluster at {options.address}" if options.address else "an embedded Ray"
-                raise ClusterError(f"cannot start on {where}: {first_line(error)}") from error
-        yield
-    except SystemExit as end:  # Ray's own handler of SIGTERM, which ray.init sets
-        raise KeyboardInterrupt from end
-    finally:
+    with contextlib.nullcontext() if options.address else guarded():
+        lost = False
+        try:
+            with environment({"RAY_ADDRESS": None, **usage}):
+                watch = _attach(arguments, options, driver)
+            # Processes of an embedded Ray inherit them.
+            with watched(watch), handed_out() if options.address else contextlib.nullcontext():
+                yield
+        except SystemExit as end:  # Ray's own handler of SIGTERM, which ray.init sets
+            raise KeyboardInterrupt from end
+        except ClusterLost:
+            lost = True  # to part from it in order would take its answers
+            raise
+        finally:
+            _part(lost, options)
+
+
+def _attach(arguments: dict[str, Any], options: Options, driver: Driver | None) -> Watch:
+    """Start or reach Ray; return the watch over it. Raises ClusterError."""
+    import ray
+
+    if not options.address:
+        start_embedded({**arguments, "include_dashboard": False})
+        keep_private()
+        processes, patience = needed_processes(), EMBEDDED_SECONDS
+    else:
+        try:
+            ray.init(**arguments)
+        except Exception as error:
+            raise ClusterError(f"cannot start on the Ray cluster at {options.address}: {first_line(error)}") from error
+        processes, patience = {}, reconnect_seconds()
+    where = f"the Ray cluster at {options.address}" if options.address else "the embedded Ray"
+    return Watch(where, options.again, processes, node_lives(), driver, _end_embedded, patience)
+
+
+def _part(lost: bool, options: Options) -> None:
+    import ray
+
+    if not lost:
         ray.shutdown()
+    elif not options.address:
+        _end_embedded()
+
+
+def _end_embedded() -> None:
+    """End the processes of an embedded Ray. Those of a cluster are not of this session."""
+    end_processes(sessions_of(os.getpid()), {os.getpid()})
 
 
 def is_job_server(address: str) -> bool:
@@ -130,31 +168,6 @@ def _check_head(address: str, shown: Token) -> None:
                 raise ClusterError(refusal(f"the Ray cluster at {address}", shown)) from error
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise ClusterError(
-                    f"no Ray head answers at {address}: give the port that `ray start --head` names (6379, unless it "
-                    f"was told another); a job server is given as http://{address}"
+                    f"no Ray head answers at {address}: give the port that `ray start --head` names (6379 by "
+                    f"default); a job server is given as http://{address}"
                 ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def environment(values: Mapping[str, str | None]) -> Iterator[None]:
-    """Environment variables set, or with None unset, and put back."""
-    before = {name: os.environ.get(name) for name in values}
-    _set(values)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

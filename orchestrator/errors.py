@@ -9,3 +9,9 @@ class UserError(Exception):
 
 class ClusterError(Exception):
     """Ray cannot be reached, or does not let us in (exit code 4)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.auth import refusal
-from orchestrator.cluster import SHIPPED, check_job_server, environment, first_line
-from orchestrator.errors import ClusterError, UserError
+from orchestrator.cluster import SHIPPED, check_job_server
+from orchestrator.environment import environment
+from orchestrator.errors import ClusterError, UserError, first_line
 from orchestrator.progress import say
 from storage.phases import Report, silent
 from storage.records import utc_now
@@ -91,10 +92,9 @@ def job_server(address: str) -> Iterator[JobSubmissionClient]:
     except AuthenticationError as error:
         raise ClusterError(refusal(f"the Ray job server at {address}")) from error
     except (ConnectionError, RequestException, RuntimeError, ValueError) as error:
-        said = first_line(error)
         raise ClusterError(
-            f"the Ray job server at {address} does not answer as asked; is the head up, and the way to its port 8265 "
-            f"open? {said}"
+            f"cannot reach the Ray job server at {address}: {first_line(error)} Is the head running, and the port of "
+            "that address reachable?"
         ) from error
 
 

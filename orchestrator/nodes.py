@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.credentials import take_credentials
 from orchestrator.endings import Unfit
 from orchestrator.errors import UserError
 from orchestrator.progress import say
@@ -128,6 +129,7 @@ def _answer(reference: Any) -> Any:
 @ray.remote(num_cpus=0, max_retries=1)
 def _look(location: str, probe: str, data_root: str, datasets: list[str], node_id: str) -> dict[str, Any]:
     """On a node: see the driver's probe, leave one, and get the data sets that are not there."""
+    take_credentials()
     try:
         scratch = Store(location).scratch
         sees = scratch.noted(f"{probe}/driver") is not None

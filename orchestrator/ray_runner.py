@@ -27,8 +27,9 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.account import Account, Failure, failure
-from orchestrator.cluster import environment
+from orchestrator.credentials import kept_from_tune, take_credentials
 from orchestrator.endings import SPENT, End, Ending, seen, told
+from orchestrator.environment import environment
 from orchestrator.nodes import capacity, fit_to_run
 from orchestrator.placement import Placement, placement
 from orchestrator.sharing import LOOK_SECONDS, Board, Claim, Sharing
@@ -67,6 +68,7 @@ class ShardTrainable(tune.Trainable):
     """Tune's side of a worker: it runs one shard after the other."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        take_credentials()
         store, precision = Store(config["store"]), Shard.from_dict(config["shard"]).precision
         self.pulse = pulse_of(store, config)
         self.pulse.__enter__()
@@ -334,7 +336,7 @@ def run_on_ray(account: Account, store: Store, options: Options, driver: Driver)
 
     trainable = tune.with_resources(TogetherTrainable if several else ShardTrainable, asked)
     driver.end_worker = end_worker
-    with environment(_TUNE), contextlib.redirect_stdout(sys.stderr):
+    with environment(_TUNE), kept_from_tune(), contextlib.redirect_stdout(sys.stderr):
         try:
             while not driver.stop.is_set() and (precision := account.queue.precision):
                 searcher = ShardSearcher(account.queue, precision, common, driver, room)

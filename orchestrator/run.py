@@ -59,6 +59,8 @@ class Options:
     track: str | None = None
     max_workers: int | None = None
     priority: float = 1.0
+    again: str = ""
+    """The command that resumes this run, for messages."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def drive(store: Store, plan: Plan, options: Options, sweep: str, phases: Phases
 
             report(f"connecting to the Ray cluster at {options.address}" if options.address else "starting Ray")
             # Again, inside: ray.init takes SIGTERM for itself.
-            with connected(options), heeding_signals(driver.stop):
+            with connected(options, driver), heeding_signals(driver.stop):
                 report("checking the nodes")
                 check_nodes(store, options.data_root, {shard.needs.dataset for shard in plan.shards})
                 report("waiting for a worker to start")

@@ -16,6 +16,7 @@ from ray import tune
 from ray.util.queue import Empty, Queue
 
 from orchestrator.account import Failure, failure
+from orchestrator.credentials import take_credentials
 from orchestrator.endings import End, Ending, told
 from orchestrator.placement import Placement
 from orchestrator.tracking import measured
@@ -92,6 +93,7 @@ def in_each_process(config: dict[str, Any]) -> None:
     """Run a shard as one of its processes. Raises Ended where the others cannot come to the same end."""
     from ray import train
 
+    take_credentials()
     store, shard = Store(config["store"]), Shard.from_dict(config["shard"])
     leads = train.get_context().get_world_rank() == 0
     with pulse_of(store, config) if leads else contextlib.nullcontext() as pulse:

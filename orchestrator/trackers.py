@@ -10,16 +10,19 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 from ray.air.constants import TRAINING_ITERATION
 from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster import first_line
+from orchestrator.errors import first_line
 from orchestrator.progress import say
 from storage.records import Shard
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from ray.tune.logger import LoggerCallback
 
 PROJECT = "prunesweep"
+_WANDB_KEY = "WANDB_API_KEY"
 
 UPLOAD_SECONDS = 60
 """So long a sweep waits at its end for what wandb has still to send."""
@@ -160,7 +164,23 @@ def _wandb(sweep: str) -> LoggerCallback:
     kept = os.path.abspath(os.environ.get("WANDB_DIR", Path.cwd()))
     mode: dict[str, Any] = {"mode": os.environ["WANDB_MODE"]} if "WANDB_MODE" in os.environ else {}
     project = os.environ.get("WANDB_PROJECT", PROJECT)
-    return WandbLoggerCallback(project, group=sweep, dir=kept, **mode)
+    callback: Any = WandbLoggerCallback(project, group=sweep, dir=kept, **mode)
+    callback._remote_logger_class = _with_key(callback._logger_actor_cls)
+    return callback
+
+
+def _with_key(logging: Any) -> Any:
+    """The actor class with which Ray tells wandb of a run. Ray would pass the API key on as a variable of its runtime
+    environment, which is in command lines and logs; here it is an argument."""
+
+    class WithKey(logging):
+        def __init__(self, *args: Any, key: str | None, **kwargs: Any) -> None:
+            os.environ.update({_WANDB_KEY: key} if key else {})
+            super().__init__(*args, **kwargs)
+
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1)(WithKey)
+    return SimpleNamespace(remote=partial(remote.remote, key=os.environ.get(_WANDB_KEY)))
 
 
 def _mlflow(sweep: str) -> LoggerCallback:

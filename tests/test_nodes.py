@@ -297,7 +297,7 @@ def test_a_head_that_dies_costs_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_
         notes = sweep.notes()
         first.remove_node(first.head_node, allow_graceful=False)
         code = driver.wait(240)
-        assert code not in (0, 2), sweep.said()
+        assert code not in (0, 2), sweep.said()  # 4, unless Ray was first, which gives up after 5 s here
         wait_until_gone(notes, 120)
     finally:
         first.shutdown()
