@@ -29,7 +29,7 @@ from orchestrator.options import (
     store_option,
 )
 from orchestrator.phases import phases
-from orchestrator.render import Rendering, render_options, write_manifest
+from orchestrator.render import SECRET, Rendering, render_options, write_manifest
 from orchestrator.tracking import track_option
 from storage.errors import StoreError
 from usercode import is_code
@@ -71,8 +71,8 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "env",
             multiple=True,
             metavar="KEY[=VALUE]",
-            help="Set KEY for the job and its workers; without =VALUE, to what it is here. Ray keeps it for whoever "
-            "may use the job server.",
+            help="Variable for the job and its workers; without =VALUE, with its value here. Ray shows it to whoever "
+            "may use the job server: secrets are refused. With --render a secret is given as KEY alone.",
         ),
         click.option("--no-wait", is_flag=True, help="Return once the job is submitted."),
         click.option("--submission-id", help="The job's id; one is made from the sweep's name otherwise."),
@@ -130,8 +130,9 @@ def submit(
         more = share_words(given["max_workers"], given["priority"]) + (("--track", track) if track else ())
         dropping = ("--replace",) if replace else ()
         if rendering:
-            env, folder = tuple(_variable(one) for one in given["env"]), given["working_dir"]
-            write_manifest(rendering, document, checked, more + dropping, env, Path.cwd() if folder else None)
+            env, references = _of_manifest(given["env"], rendering)
+            folder = Path.cwd() if given["working_dir"] else None
+            write_manifest(rendering, document, checked, more + dropping, env, folder, references)
             return
         server = _needed(address)
         _say_of_own_code(checked, given)
@@ -231,13 +232,50 @@ def _given_again(
 
 
 def _variable(text: str) -> tuple[str, str]:
-    """KEY=VALUE; KEY alone has the value it has here. The value is never part of a message."""
+    """KEY=VALUE; KEY alone has the value it has here. The value is never part of a message.
+
+    Raises UserError for a secret: of a job's variables Ray makes no secret.
+    """
+    from orchestrator.credentials import is_secret
+
+    key, equals, value = _parted(text)
+    value = value if equals else os.environ.get(key, "")
+    if is_secret(key, value):
+        raise UserError(
+            f"--env {key} looks like a secret, and Ray shows a job's variables in its job server, in logs and in the "
+            "command lines of workers. Set it in the environment in which the nodes start Ray (`ray start`, a "
+            "Kubernetes Secret), use a role of the machines, or pass the name of a file that the nodes have "
+            f"(--env {key}_FILE=PATH)"
+        )
+    if not equals and key not in os.environ:
+        raise UserError(f"--env {key}: it is not set here; set it, or write {key}=VALUE")
+    return key, value
+
+
+def _parted(text: str) -> tuple[str, str, str]:
     key, equals, value = text.partition("=")
     if not key.isidentifier():
         raise UserError("--env: write it as KEY=VALUE, or as KEY for the value it has here")
-    if not equals and key not in os.environ:
-        raise UserError(f"--env {key}: it is not set here; set it, or write {key}=VALUE")
-    return key, value if equals else os.environ[key]
+    return key, equals, value
+
+
+def _of_manifest(given: tuple[str, ...], rendering: Rendering) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Variables with values, and the names of secrets, of which a manifest has no value. Raises UserError."""
+    from orchestrator.credentials import is_secret
+
+    values, references = list[tuple[str, str]](), list[str]()
+    for text in given:
+        key, equals, value = _parted(text)
+        if not is_secret(key, value if equals else os.environ.get(key, "")):
+            values.append(_variable(text))
+        elif not equals:
+            references.append(key)
+        else:
+            where = "sbatch passes on your environment" if rendering.kind == "slurm" else f"a Secret {SECRET} holds it"
+            raise UserError(
+                f"--env {key}=.. looks like a secret, which does not go into a file: write --env {key}; {where}"
+            )
+    return tuple(values), tuple(references)
 
 
 def _say_next(name: str, server: str, job: Job) -> None:
@@ -265,8 +303,8 @@ def _follow(client: JobSubmissionClient, job: str, server: str) -> int:
     shown = 0
     try:
         while True:
-            status = _patiently(lambda: client.get_job_status(job))
-            text = _patiently(lambda: client.get_job_logs(job))
+            status = _patiently(server, lambda: client.get_job_status(job))
+            text = _patiently(server, lambda: client.get_job_logs(job))
             sys.stdout.write(text[shown:])
             sys.stdout.flush()
             shown = len(text)
@@ -279,8 +317,8 @@ def _follow(client: JobSubmissionClient, job: str, server: str) -> int:
     return _ended(client, job, server)
 
 
-def _patiently(ask: Callable[[], Any]) -> Any:
-    """An answer of the job server, which may be out of reach for a while."""
+def _patiently(server: str, ask: Callable[[], Any]) -> Any:
+    """An answer of the job server at an address, which may be out of reach for a while."""
     import requests
 
     give_up = time.monotonic() + LOST_SECONDS
@@ -289,7 +327,7 @@ def _patiently(ask: Callable[[], Any]) -> Any:
             return ask()
         except requests.exceptions.RequestException as error:
             if time.monotonic() > give_up:
-                raise ClusterError(f"the job server has not answered for {LOST_SECONDS:.0f} s") from error
+                raise ClusterError(f"the job server at {server} has not answered for {LOST_SECONDS:.0f} s") from error
             time.sleep(FOLLOW_SECONDS)
 
 

@@ -33,6 +33,9 @@ NAME_LENGTH = 47
 POD_CPUS, POD_MEMORY_GB, LARGEST = 8, 16, 8
 """Of a worker pod, where the spec does not ask for more; and pods of a group, where it says no number of workers."""
 
+SECRET = "prunesweep-env"
+"""The Kubernetes Secret of variables that --env names and whose values are secrets."""
+
 NODES, NODE_CPUS, NODE_GPUS = 2, 16, 4
 """Of a SLURM job, likewise."""
 
@@ -53,6 +56,8 @@ class Sweep:
     arguments: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     folder: str = ""
+    secrets: tuple[str, ...] = ()
+    """Variables of which the manifest has a reference in place of the value."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,10 @@ def write_manifest(
     arguments: tuple[str, ...] = (),
     env: tuple[tuple[str, str], ...] = (),
     folder: Path | None = None,
+    secrets: tuple[str, ...] = (),
 ) -> None:
-    """Write the manifest of a checked spec, with more of `run`'s options, variables, and the folder to start in."""
+    """Write the manifest of a checked spec, with more of `run`'s options, variables, the folder to start in, and the
+    names of variables whose values it must not hold."""
     if folder and rendering.kind != "slurm":
         raise UserError("--working-dir cannot go into a manifest for Kubernetes: put your code into the image")
     sweep = Sweep(
@@ -123,6 +130,7 @@ def write_manifest(
         arguments,
         env,
         str(folder.absolute()) if folder else "",
+        secrets,
     )
     put(render(rendering.kind, sweep).encode(), rendering.output)
     if rendering.output and env:  # with the values of --env in it
@@ -173,6 +181,8 @@ def _pods(sweep: Sweep) -> Mapping[str, Any]:
         "image": sweep.image,
         # Whoever stops the job, Ray waits as long as the sweep may take to stop: by the head's environment.
         "env": {**STOP_WAIT, **dict(sweep.env), **places}.items(),
+        "secret": SECRET,
+        "secrets": sweep.secrets,
         "groups": groups(sweep.resources),
         "ray": version("ray"),
     }
@@ -248,6 +258,7 @@ def _nodes(sweep: Sweep) -> Mapping[str, Any]:
         "data_root": shlex.quote(sweep.data_root),
         "more": f" {shlex.join(sweep.arguments)}" if sweep.arguments else "",
         "env": [f"{key}={shlex.quote(value)}" for key, value in sweep.env],
+        "secrets": sweep.secrets,
         "folder": shlex.quote(sweep.folder) if sweep.folder else "",
         "nodes": _how_many(resources, processes, NODES),
         "cpus": max(NODE_CPUS, math.ceil(resources.cpus * (processes if gpus else 1))),

@@ -16,9 +16,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from ray.job_submission import JobStatus
 
-from orchestrator.cli_cluster import _ended, _variable
+from orchestrator.cli_cluster import _ended, _of_manifest, _variable
 from orchestrator.errors import UserError
 from orchestrator.jobs import Job, check_size, entrypoint, excluded, find_jobs, job_server, ship, submit_job
+from orchestrator.render import Rendering
 from storage.signs import signs
 from storage.store import Store
 from tests.conftest import TINY, Cluster, Prunesweep, command
@@ -66,7 +67,7 @@ def test_submit_follow_and_read(cluster: Cluster, beside_models: Path, pruneswee
     own = TINY.replace("lenet5_mini", '"mine.nets:build"').replace("conv1", '"0"').replace("count: 4", "count: 2")
     (beside_models / "tiny.yaml").write_text(own.replace("seed: [0, 1]", "seed: 0"))
     environment = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "RAY_ADDRESS": "127.0.0.1:1"}  # --address wins
-    given = ["--working-dir", ".", "--env", "SECRET_OF_MINE=hush-7", "--submission-id", "tiny-by-name"]
+    given = ["--working-dir", ".", "--env", "OWN_SETTING=hush-7", "--submission-id", "tiny-by-name"]
     submitted = prunesweep(
         "submit", "tiny.yaml", "--address", cluster.jobs, "--no-wait", *given, cwd=beside_models, **environment
     )
@@ -94,7 +95,7 @@ from torch import nn
 
 def build(classes, shape):
     if "ray" in sys.modules and os.environ.get("RAY_JOB_STOP_WAIT_TIME_S"):  # on the cluster
-        assert os.environ["SECRET_OF_MINE"] == "hush-7"
+        assert os.environ["OWN_SETTING"] == "hush-7"
         assert "prunesweep_shipped" in sys.modules["workers"].__file__, sys.modules["workers"].__file__
         assert not Path("large").exists()
     return nn.Sequential(
@@ -283,6 +284,48 @@ def test_env_is_read_here_and_never_told(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "hush" not in str(told.value)
     with pytest.raises(UserError, match="NOT_SET_ANYWHERE: it is not set here"):
         _variable("NOT_SET_ANYWHERE")
+
+
+SECRETS = """
+HF_TOKEN AWS_SECRET_ACCESS_KEY aws_session_token WANDB_API_KEY MY_PASSWORD DB_PASS MySecret AZURE_CLIENT_SECRET apikey
+SSH_PRIVATE_KEY GOOGLE_CREDENTIALS SENTRY_DSN MLFLOW_TRACKING_TOKEN OPENAI_API_KEYS RAY_AUTH_TOKEN
+"""
+NO_SECRETS = """
+PYTHONPATH AWS_PROFILE AWS_REGION TOKENIZERS_PARALLELISM MAX_TOKENS KEYBOARD AUTHOR HF_HOME RAY_AUTH_MODE PATH MONKEY
+AWS_WEB_IDENTITY_TOKEN_FILE RAY_AUTH_TOKEN_PATH GOOGLE_APPLICATION_CREDENTIALS COMPASS MLFLOW_TRACKING_URI
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{name}=hush" for name in SECRETS.split()]
+    + ["MLFLOW_TRACKING_URI=https://me:hush@host", "SETTING=-----BEGIN RSA PRIVATE KEY-----hush", "HF_TOKEN"],
+)
+def test_env_of_a_secret_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its name or its value, given or inherited, with the ways that there are; the value is not repeated."""
+    monkeypatch.setenv("HF_TOKEN", "hush")
+    with pytest.raises(UserError, match=r"looks like a secret, and Ray shows .* in which the nodes start Ray") as told:
+        _variable(text)
+    assert "hush" not in str(told.value)
+    rendering = Rendering("rayjob", "image", None, "s3://b/r", "/data")
+    if "=" in text:
+        with pytest.raises(UserError, match="does not go into a file: write --env") as told:
+            _of_manifest((text,), rendering)
+        assert "hush" not in str(told.value)
+    else:
+        assert _of_manifest((text, "A=b"), rendering) == ((("A", "b"),), ("HF_TOKEN",))
+
+
+@pytest.mark.parametrize("name", NO_SECRETS.split())
+def test_env_of_other_variables_is_not(name: str) -> None:
+    """Names in which a secret's word is a part of another word, and names of files."""
+    assert _variable(f"{name}=some:thing/x") == (name, "some:thing/x")
+
+
+def test_messages_name_the_address_that_was_used(quick_jobs: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a port that others have."""
+    code, _, err = in_process(capsys, "submit", "quick.yaml", "--address", "http://127.0.0.1:1", "--no-wait")
+    assert code == 4 and "cannot reach the Ray job server at http://127.0.0.1:1: " in err and "8265" not in err
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,23 @@ def test_every_pod_has_what_the_sweep_needs(variant: str) -> None:
         assert pod["securityContext"]["runAsNonRoot"]
 
 
+@pytest.mark.parametrize("kind", ["rayjob", "raycluster", "slurm"])
+def test_a_manifest_refers_to_secrets(kind: str) -> None:
+    """Pods have them of a Secret, a SLURM job of the environment of sbatch, which it needs."""
+    text = render(kind, example(kind, secrets=("HF_TOKEN",), env=(("A", "b"),)))
+    if kind == "slurm":
+        assert 'export HF_TOKEN="${HF_TOKEN:?set it in the environment in which you call sbatch}"\n' in text
+        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+        return
+    assert '#   kubectl create secret generic prunesweep-env --from-literal=HF_TOKEN="$HF_TOKEN"\n' in text
+    found = objects(text, {"rayjob": "RayJob", "raycluster": "RayCluster"}[kind])["spec"]
+    found = found.get("rayClusterSpec", found)
+    for group in [found["headGroupSpec"], *found["workerGroupSpecs"]]:
+        given = {one["name"]: one for one in group["template"]["spec"]["containers"][0]["env"]}
+        assert given["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "prunesweep-env", "key": "HF_TOKEN"}}
+        assert given["A"]["value"] == "b" and "value" not in given["HF_TOKEN"]
+
+
 def expanded(text: str) -> str:
     """A value as Kubernetes reads it: $(NAME) would be that variable's value, and $$ is $."""
     assert not re.search(r"(?<!\$)(\$\$)*\$\(", text), f"{text} has a variable in it"
