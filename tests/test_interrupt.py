@@ -40,7 +40,8 @@ def start_and_wait_for_rows(folder: Path, *arguments: str) -> subprocess.Popen[s
 
 def done_rows(folder: Path) -> set[tuple[str, str]]:
     """What is committed so far."""
-    return committed(Store(folder / "results"))
+    store = Store(folder / "results")
+    return committed(store) if store.exists() else set()
 
 
 def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

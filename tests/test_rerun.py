@@ -304,7 +304,7 @@ def test_dense_weights_that_are_gone_or_others(store: Store, rerun: Rerun) -> No
 def test_dense_weights_that_are_gone_are_said_to_be(store: Store, rerun: Rerun) -> None:
     """The message says why the task cannot be run."""
     shutil.rmtree(Path(store.root, "dense"))
-    assert rerun(rows(store)[0].task_id)[2].endswith(" cannot be run here: its dense weights are gone\n")
+    assert rerun(rows(store)[0].task_id)[2].endswith(" cannot be run here: its dense weights are gone.\n")
 
 
 def test_damaged_dense_weights(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
