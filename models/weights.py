@@ -1,7 +1,4 @@
-"""Weights from files: read safely, and put into a network only where all of them fit.
-
-Every user file, of weights or data, is opened by `open_regular` and named in messages by `shown`.
-"""
+"""Weights from files: read safely, and put into a network only where all of them fit."""
 
 from __future__ import annotations
 
@@ -9,12 +6,15 @@ import hashlib
 import io
 import os
 import re
-import stat
 import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from storage.errors import StoreError
+from storage.printable import printable
+from storage.userfiles import NotRegular, open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -34,40 +34,6 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "params")
 def is_file(weights: str) -> bool:
     """Whether given weights are a file or an address, not a name that a library has for its own."""
     return "/" in weights or Path(weights).suffix in SUFFIXES
-
-
-class NotRegular(OSError):
-    """A path that leads to a folder, FIFO, socket or device."""
-
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFBLK: "a block device",
-}
-
-
-def open_regular(path: Path) -> io.BufferedReader:
-    """Open a file to read bytes, after links are followed, only if the file is regular.
-
-    A FIFO would block and a device may never end. Raises NotRegular, or another OSError.
-    """
-    kind = stat.S_IFMT(path.stat().st_mode)
-    if kind != stat.S_IFREG:
-        raise NotRegular(f"{shown(path)} is {_KINDS.get(kind, 'a special file')}; only a regular file can be read")
-    # The flag keeps open() from blocking where a FIFO replaces the file after the check.
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-
-
-def shown(path: str | Path) -> str:
-    r"""Return a path as text that can be printed: bytes that are not UTF-8 as \xNN, control characters escaped."""
-    return "".join(char if char.isprintable() else _escaped(char) for char in str(path))
-
-
-def _escaped(char: str) -> str:
-    return f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else ascii(char)[1:-1]
 
 
 def file_hash(path: Path) -> str:
@@ -122,7 +88,7 @@ def put(model: nn.Module, state: Mapping[str, torch.Tensor], where: str) -> None
     ]
     if found := [p for p in problems if p]:
         raise ValueError(
-            f"{shown(where)} does not fit the network: {'; '.join(found)}. Give a file of exactly this network, "
+            f"{printable(where)} does not fit the network: {'; '.join(found)}. Give a file of exactly this network, "
             "with as many classes as the data set has"
         )
     load_state(model, state, strict=False)
@@ -146,7 +112,7 @@ def read(where: str) -> dict[str, torch.Tensor]:
         return _parsed(where, _safetensors)
     if suffix in SUFFIXES:
         return _unwrapped(_parsed(where, _torch), where)
-    raise ValueError(f"{shown(where)}: weights are a .safetensors file or a .pt/.pth file with a state dict")
+    raise ValueError(f"{printable(where)}: weights are a .safetensors file or a .pt/.pth file with a state dict")
 
 
 def content(where: str) -> bytes:
@@ -158,17 +124,28 @@ def content(where: str) -> bytes:
             with urlopen(where, timeout=60) as answer:
                 return answer.read()
         if "://" in where:
-            from pyarrow import fs
-
-            system, path = fs.FileSystem.from_uri(where)
-            if not system.get_file_info(path).is_file:
-                raise ValueError("the address is not that of a regular file")
-            with system.open_input_file(path) as file:
-                return file.read()
+            return _remote_content(where)
         with open_regular(Path(where).expanduser()) as file:
             return file.read()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the weights {shown(where)} cannot be read: {error}") from error
+    except (OSError, ValueError, StoreError) as error:
+        raise ValueError(f"the weights {printable(where)} cannot be read: {error}") from error
+
+
+def _remote_content(uri: str) -> bytes:
+    """The bytes of a pyarrow.fs URI, within the time limit of storage.remote."""
+    from storage.remote import Budget, open_filesystem, within
+
+    system, path = open_filesystem(uri)
+    budget = Budget()
+
+    def read() -> bytes:
+        if not system.get_file_info(path).is_file:
+            raise NotRegular("the address is not that of a regular file")
+        with system.open_input_file(path) as file:
+            budget.allow(file.size())
+            return file.read()
+
+    return within(budget, read)
 
 
 def _parsed(where: str, parse: Any) -> Any:
@@ -180,7 +157,7 @@ def _parsed(where: str, parse: Any) -> Any:
     except Exception as error:  # of another kind for each way to be broken
         # Without the cause: torch's message advises to load the file unsafely.
         raise ValueError(
-            f"{shown(where)} is damaged or holds more than tensors: {_reason(raw, error)}. Allowed: a .safetensors "
+            f"{printable(where)} is damaged or holds more than tensors: {_reason(raw, error)}. Allowed: a .safetensors "
             "file, or a .pt/.pth file with a state dict of tensors alone. Copy the file again, or save "
             "`model.state_dict()` alone"
         ) from None
@@ -221,7 +198,7 @@ def _unwrapped(loaded: Any, where: str) -> dict[str, torch.Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-        raise ValueError(f"{shown(where)} holds no state dict (names and tensors)")
+        raise ValueError(f"{printable(where)} holds no state dict (names and tensors)")
     inside = all(name.startswith("module.") for name in loaded)
     return {name.removeprefix("module.") if inside else name: tensor for name, tensor in loaded.items()}
 

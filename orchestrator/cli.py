@@ -12,16 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from orchestrator.errors import ClusterError, UserError
 from orchestrator.phases import Phases
 from storage.errors import QueryError, SkippedFile, StoreError
+from storage.printable import printable_output
+from storage.userfiles import read_regular
 
 PROJECT_FILE = "prunesweep.toml"
 PROJECT_KEYS = ("store", "data_root", "address", "job_server")
+MAX_PROJECT_BYTES = 10**6
 EXIT_CODES: dict[type[Exception], int] = {UserError: 2, QueryError: 2, ClusterError: 4, StoreError: 5}
 INTERRUPTED, FAILED_TASKS, INTERNAL = 130, 3, 1
 
@@ -161,8 +164,8 @@ def _project_file() -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+        found = tomllib.loads(read_regular(path, MAX_PROJECT_BYTES).decode())
+    except (OSError, ValueError, RecursionError) as error:  # a number too long to read is a bare ValueError
         raise UserError(f"{path}: not valid TOML: {error}") from error
     unknown = sorted(set(found) - set(PROJECT_KEYS))
     if unknown:
@@ -175,7 +178,11 @@ def _project_file() -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit with its code: a person's mistake is one message, never a traceback."""
-    given = sys.argv[1:] if arguments is None else arguments
+    with printable_output():
+        _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(given: list[str]) -> NoReturn:
     debug = "--debug" in given  # wherever it stands
     given = ["--debug", *(word for word in given if word != "--debug")] if debug else given
     try:
@@ -233,18 +240,26 @@ def _unforeseen(error: Exception, debug: bool) -> int:
 
 
 def entry() -> None:
-    """`main`, in a process of its own: it leaves at once where Ray was used.
+    """`main`, in a process of its own: it leaves at once where Ray was used, or a store left without an answer.
 
-    Ray's threads can abort an interpreter that winds down, and with it the exit code.
-    SIGTERM is a Ctrl-C, wherever it comes.
+    Ray's threads can abort an interpreter that winds down, and with it the exit code. A request to a store that is over
+    its time would keep it. SIGTERM is a Ctrl-C, wherever it comes.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except SystemExit as end:
-        if "ray" not in sys.modules:
+        if "ray" not in sys.modules and not _has_left_behind():
             raise
         for stream in (sys.stdout, sys.stderr):
             if not stream.closed:
                 stream.flush()
         os._exit(end.code if isinstance(end.code, int) else 1)
+
+
+def _has_left_behind() -> bool:
+    if "storage.remote" not in sys.modules:
+        return False
+    from storage.remote import has_left_behind
+
+    return has_left_behind()

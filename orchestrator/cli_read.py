@@ -10,6 +10,7 @@ import click
 
 from orchestrator.options import emit, existing_store, output_options, store_option, warn
 from orchestrator.phases import phases
+from storage.printable import unescaped
 
 if TYPE_CHECKING:
     from orchestrator.jobs import SweepJob
@@ -111,12 +112,16 @@ def status(
         found = standing(opened, sweep, "failure" if failed else by, warn)
         phases().rest()
         if watch and sys.stdout.isatty():
-            click.clear()
+            unescaped(sys.stdout).write(_CLEAR)
         emit(found.table, form, output)
         _say_standing(sweep, found)
         if not watch or not (found.drivers or found.whole["running"] or found.whole["pending"]):
             return
         time.sleep(WATCH_SECONDS)
+
+
+_CLEAR = "\033[2J\033[1;1H"
+"""The control sequence that clears a terminal."""
 
 
 def _say_standing(sweep: str, found: Standing) -> None:

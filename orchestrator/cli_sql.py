@@ -25,6 +25,7 @@ from orchestrator.options import (
 )
 from orchestrator.phases import phases
 from storage.errors import QueryError
+from storage.userfiles import read_standard_input, read_stream
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -132,14 +133,17 @@ def query(
     from storage.confined import Limits
 
     limits = Limits(memory, timeout)
-    if interactive or (sql is None and file is None and sys.stdin.isatty() and sys.stdout.isatty()):
+    if interactive or (sql is None and file is None and _at_a_terminal()):
         _at_a_prompt(sql or file or parameters or output, store, form, limits)
         return
     if (sql is None) == (file is None):
         raise click.UsageError("give the SQL, or --file FILE (or - for standard input)")
-    text = _text_of(file) if file else str(sql)
-    text = sys.stdin.read() if text == "-" else text
+    text = _text_of(file if sql is None else None) if sql in (None, "-") else str(sql)
     put(answer(store, text, form, limits, parameters, width(output)), output)
+
+
+def _at_a_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _at_a_prompt(given: object, store: str, form: str, limits: Limits) -> None:
@@ -158,11 +162,25 @@ def _at_a_prompt(given: object, store: str, form: str, limits: Limits) -> None:
     converse(session(ask), ask, form)
 
 
-def _text_of(file: Path) -> str:
+MAX_QUERY_BYTES = 10**6
+"""Of a query from a file or standard input."""
+
+
+def _text_of(file: Path | None) -> str:
+    """The text of a file, or of standard input. Raises UsageError."""
+    name = "standard input" if file is None or str(file) == "-" else str(file)
     try:
-        return file.read_text(encoding="utf-8")
+        read = (
+            read_standard_input(MAX_QUERY_BYTES)
+            if name == "standard input"
+            else read_stream(Path(name), MAX_QUERY_BYTES)
+        )
+        text = read.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"cannot read {file}: {error}") from error
+        raise click.UsageError(f"cannot read {name}: {error}") from error
+    if len(read) > MAX_QUERY_BYTES:
+        raise click.UsageError(f"cannot read {name}: a query has at most {MAX_QUERY_BYTES} bytes")
+    return text
 
 
 def answer(

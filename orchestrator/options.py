@@ -132,6 +132,9 @@ def width(output: Path | None) -> int | None:
 def put(content: bytes, output: Path | None) -> None:
     """Print `content`, or write it to a file. It ends the phase that stderr shows."""
     phases().rest()
+    if output is None and sys.stdout.isatty():
+        click.echo(content.decode(errors="replace"), nl=False)  # the stream escapes it
+        return
     if output is None:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
@@ -160,12 +163,13 @@ def existing_store(location: str) -> Store:
 def absolute_store(location: str) -> str:
     """A store's location as any machine that sees it would say it. Raises StoreError where it is of no known form.
 
-    Of an s3:// one no more is looked at: it may be one that only a cluster reaches.
+    A remote one is not opened: it may be one that only a cluster reaches.
     """
+    from storage.remote import kind_of
     from storage.store import Store, check_location
 
     check_location(location)
-    return location if location.startswith("s3://") else Store(location).absolute
+    return location if kind_of(location) else Store(location).absolute
 
 
 def warn(problem: Problem) -> None:

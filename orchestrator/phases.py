@@ -19,6 +19,7 @@ import click
 
 from orchestrator.progress import HEARTBEAT_SECONDS, QUIET_SECONDS, Progress, clock, say
 from storage.phases import Phase
+from storage.printable import printable, unescaped
 
 TICK_SECONDS = 0.2
 CLEAR = "\r\x1b[K"
@@ -132,9 +133,9 @@ class _Line:
     def show(self, text: str) -> None:
         """Write the line in place of the last one, as far as the terminal is wide."""
         with self._lock:
-            text = fitted(text, _columns(self._stderr) - 1)
+            text = fitted(printable(text), _columns(self._stderr) - 1)
             if text != self._shown:
-                self._stderr.write(CLEAR + text)
+                unescaped(self._stderr).write(CLEAR + text)
                 self._stderr.flush()
                 self._shown = text
 
@@ -143,7 +144,7 @@ class _Line:
         with self._lock:
             if self._shown:
                 self._shown = ""
-                self._stderr.write(CLEAR)
+                unescaped(self._stderr).write(CLEAR)
                 self._stderr.flush()
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from storage.phases import TRAINING_DENSE, Phase
+from storage.printable import printable, printable_lines, printable_output, unescaped
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -114,7 +115,7 @@ class Progress:
 
 def say(text: str) -> None:
     """A message for the person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 CELLS_NAMED = 5
@@ -188,7 +189,7 @@ def _progress(total: int) -> Iterator[Progress]:
             yield from super().get_renderables()
             for task in self.tasks:
                 if task.fields["phase"]:
-                    yield Text(task.fields["phase"], overflow="ellipsis", no_wrap=True)
+                    yield Text(printable(task.fields["phase"]), overflow="ellipsis", no_wrap=True)
 
-    with TwoLines(*columns, console=Console(stderr=True)) as bar:
+    with TwoLines(*columns, console=Console(file=unescaped(sys.stderr))) as bar, printable_output():
         yield Progress(total, bar=bar, bar_task=bar.add_task("tasks", total=total, failed="", phase=""))

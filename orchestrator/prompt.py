@@ -17,6 +17,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from orchestrator.options import FORMATS
 from storage.errors import QueryError, StoreError
+from storage.printable import printable_lines
 
 if TYPE_CHECKING:
     from prompt_toolkit.document import Document
@@ -166,7 +167,7 @@ def converse(prompt: PromptSession[str], ask: Ask, form: str) -> None:
         try:
             form = _answered(text, ask, form)
         except (QueryError, StoreError) as error:
-            click.echo(str(error), err=True)
+            click.echo(printable_lines(error), err=True)
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
 
@@ -192,4 +193,4 @@ def _answered(text: str, ask: Ask, form: str) -> str:
 
 
 def _show(content: bytes) -> None:
-    click.echo(content.decode(), nl=False)
+    click.echo(printable_lines(content.decode()), nl=False)

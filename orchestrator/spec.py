@@ -13,7 +13,7 @@ from models.registry import check_model
 from orchestrator.documents import Document, nearest
 from orchestrator.errors import UserError
 from pruners.pruners import check_pruner, steps_of
-from storage.identity import SWEEP_NAME
+from storage.identity import MAX_SWEEP_NAME, SWEEP_NAME
 from storage.records import Recipe
 from workers.datasets import check_dataset
 from workers.worker import PRECISIONS
@@ -57,14 +57,17 @@ def _inside(value: float) -> float:
 
 def _once(values: list[Any]) -> list[Any]:
     """A point named twice is one point."""
-    return [value for i, value in enumerate(values) if value not in values[:i]]
+    try:
+        return list(dict.fromkeys(values))
+    except TypeError:
+        return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 Model = Annotated[str, _checked(check_model)]
 DatasetName = Annotated[str, _checked(check_dataset)]
 PrunerName = Annotated[str, _checked(check_pruner)]
 # Strict: `true` and '1' are no numbers.
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1, strict=True)]
 Number = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(strict=True), AfterValidator(_inside)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
@@ -126,7 +129,7 @@ def _lr_table(value: Any) -> Any:
     table = value if isinstance(value, dict) else {0: value}
     steps = []
     for start, lr in table.items():
-        if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+        if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start < 2**63:
             raise ValueError(f"{start!r} is no number of epochs already done; allowed: 0, 1, 2, ...")
         rate = _number(lr)
         if not 0 < rate < float("inf"):
@@ -144,7 +147,7 @@ class Training(Strict):
     batch_size: Count
     lr: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_lr_table)]
     lr_schedule: Literal["table", "cosine", "linear"] = "table"
-    warmup_epochs: Annotated[int, Field(ge=0, strict=True)] = 0
+    warmup_epochs: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
     final_lr: Number = 0.0
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: Annotated[Number, Field(lt=1)] = 0.0
@@ -187,7 +190,7 @@ def _recipe_problem(one: Training) -> str | None:
 class DenseTraining(Training):
     """`weights`, what a dense model starts from, alone: it is taken as it is. With epochs it is trained further."""
 
-    epochs: Annotated[int, Field(ge=0, strict=True)]
+    epochs: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
     seed: Seed = 0
     weights: Annotated[str, Field(min_length=1)] | None = None
 
@@ -259,6 +262,10 @@ class SweepSpec(Strict):
     resources: Resources = Resources()
 
 
+MESSAGES, MESSAGE_LENGTH = 50, 2000
+"""Mistakes of a spec that are reported at once, and characters of a message."""
+
+
 def load_spec(document: Document) -> SweepSpec:
     """The checked spec of a document. Raises UserError, one line per mistake."""
     try:
@@ -274,8 +281,9 @@ def load_spec(document: Document) -> SweepSpec:
 
 def _contradiction(spec: SweepSpec) -> tuple[tuple[str, ...], str] | None:
     """What no single key can know."""
-    if not SWEEP_NAME.fullmatch(spec.name):
-        return ("name",), f"{spec.name!r} is no sweep name; allowed: letters, digits, '.', '_' and '-'"
+    if not SWEEP_NAME.fullmatch(spec.name) or len(spec.name) > MAX_SWEEP_NAME:
+        allowed = f"letters, digits, '.', '_' and '-', a letter or digit first, {MAX_SWEEP_NAME} characters at most"
+        return ("name",), f"{_given(spec.name)} is no sweep name; allowed: {allowed}"
     patterns = [entry for entry in spec.grid.layers if not isinstance(entry, dict)]
     if patterns and spec.grid.ratio is None:
         return ("grid", "layers"), "needs grid.ratio (only {pattern: ratio} entries carry their own)"
@@ -289,12 +297,26 @@ def _contradiction(spec: SweepSpec) -> tuple[tuple[str, ...], str] | None:
 
 
 def _messages(document: Document, error: ValidationError) -> list[str]:
-    """One message per mistaken place."""
+    """One message per mistaken place, MESSAGES at most."""
     seen: dict[tuple[str | int, ...], str] = {}
-    for detail in error.errors():
+    details = error.errors()
+    for detail in details:
         path = _path(document, detail["loc"])
-        seen.setdefault(path, f"{document.where(path)}: {'.'.join(map(str, path))}: {_message(detail)}")
-    return list(seen.values())
+        if path not in seen:
+            seen[path] = f"{document.where(path)}: {_cut('.'.join(map(str, path)))}: {_message(detail)}"
+        if len(seen) == MESSAGES:
+            break
+    more = len(details) - MESSAGES
+    return [*seen.values(), *([f"and {more} more mistakes"] if more > 0 else [])]
+
+
+def _cut(text: str) -> str:
+    """The start of a text that is too long for a message."""
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}..."
+
+
+def _given(value: Any) -> str:
+    return _cut(repr(value))
 
 
 def _path(document: Document, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
@@ -321,13 +343,13 @@ def _message(detail: ErrorDetails) -> str:
         return "this key is missing"
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", detail.get("ctx", {}).get("expected", ""))
-        return f"unknown name {given!r}; allowed: {', '.join(allowed)}{nearest(given, allowed)}"
+        return f"unknown name {_given(given)}; allowed: {', '.join(allowed)}{nearest(given, allowed)}"
     if kind == "too_short":
         return "this list is empty; give at least one value"
     if kind == "model_type":
-        return f"this is a mapping of keys to values, not {given!r}"
-    message = detail["msg"].removeprefix("Value error, ")
-    return message if kind == "value_error" else f"{message}, not {given!r}"
+        return f"this is a mapping of keys to values, not {_given(given)}"
+    message = _cut(detail["msg"].removeprefix("Value error, "))
+    return message if kind == "value_error" else f"{message}, not {_given(given)}"
 
 
 def _keys_beside(loc: tuple[str | int, ...]) -> list[str]:

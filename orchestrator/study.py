@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-import sys
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 
-from orchestrator.documents import Document, nearest
+from orchestrator.documents import MAX_BYTES, Document, decoded, nearest
 from orchestrator.errors import UserError
 from storage.errors import StoreError
+from storage.userfiles import read_standard_input, read_stream
 
 SHORT = ("lenet5-mini-*", "resnet56-*", "resnet18-*")
 NOT_OF_THE_PAPER = ("digits",)
@@ -25,12 +25,12 @@ def open_document(spec: str) -> Document:
     path = Path(spec)
     try:
         if spec == "-":
-            return Document("standard input", sys.stdin.read())
+            return Document("standard input", decoded("standard input", read_standard_input(MAX_BYTES)))
         if "://" in spec:
-            return Document(spec, _from_uri(spec).decode())
-        if path.is_file():
-            return Document(spec, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, StoreError) as error:
+            return Document(spec, decoded(spec, _from_uri(spec)))
+        if path.is_file() or path.is_fifo():
+            return Document(spec, decoded(spec, read_stream(path, MAX_BYTES)))
+    except (OSError, StoreError) as error:
         raise UserError(f"cannot read {spec}: {error}") from error
     if spec in study_names():
         return open_study(spec)

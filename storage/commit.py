@@ -23,6 +23,8 @@ from pyarrow import fs as pafs
 
 from storage.errors import StoreError
 from storage.machine import is_alive, machine
+from storage.printable import printable
+from storage.remote import Budget, Unanswered, one_line, within
 
 T = TypeVar("T")
 
@@ -37,6 +39,9 @@ _TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{1
 RETRIES = 5
 RETRY_SECONDS = 0.5
 """An object store is asked this often; the first wait, doubled each time."""
+
+_FINAL = (FileNotFoundError, Unanswered)
+"""Errors after which an object store is not asked again."""
 
 # File systems without hard links (some FUSE and network mounts) answer with one of these.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -54,9 +59,9 @@ def commit(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
         if isinstance(filesystem, pafs.LocalFileSystem):
             _commit_local(Path(path), content, replace=False)
         elif patiently(lambda: filesystem.get_file_info(path)).type == pafs.FileType.NotFound:
-            patiently(lambda: _put(filesystem, path, content))
+            patiently(lambda: _put(filesystem, path, content), Budget(len(content)))
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        raise StoreError(f"cannot write {printable(path)}: {one_line(error)}") from error
 
 
 def replace(filesystem: pafs.FileSystem, path: str, content: bytes, *, durable: bool = True) -> None:
@@ -68,9 +73,9 @@ def replace(filesystem: pafs.FileSystem, path: str, content: bytes, *, durable: 
         if isinstance(filesystem, pafs.LocalFileSystem):
             _commit_local(Path(path), content, replace=True, durable=durable)
         else:
-            patiently(lambda: _put(filesystem, path, content))
+            patiently(lambda: _put(filesystem, path, content), Budget(len(content)))
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        raise StoreError(f"cannot write {printable(path)}: {one_line(error)}") from error
 
 
 def again(work: Callable[[], T], error: type[Exception], times: int = 20) -> T:
@@ -81,19 +86,32 @@ def again(work: Callable[[], T], error: type[Exception], times: int = 20) -> T:
     return work()
 
 
-def patiently(work: Callable[[], T]) -> T:
+def patiently(work: Callable[[], T], budget: Budget | None = None) -> T:
     """`work` on an object store, tried again when it fails: it may be busy, or the answer got lost.
 
-    Asking twice does no harm, since a name stands for one content. Raises the last OSError.
+    Asking twice does no harm, since a name stands for one content. All tries together are held to the time in `budget`.
+    Raises the last OSError.
     """
     import tenacity
 
+    limit = budget or Budget()
+    before: list[OSError] = []
+
+    def attempt() -> T:
+        try:
+            return within(limit, work)
+        except Unanswered as error:
+            raise before[0] if before else error from None  # what the store answered before says more
+        except OSError as error:
+            before.append(error)
+            raise
+
     return tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(RETRIES),
+        stop=lambda state: state.attempt_number >= RETRIES or limit.left() <= state.upcoming_sleep,
         wait=tenacity.wait_random_exponential(RETRY_SECONDS, max=30),
-        retry=tenacity.retry_if_exception(lambda e: isinstance(e, OSError) and not isinstance(e, FileNotFoundError)),
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, OSError) and not isinstance(e, _FINAL)),
         reraise=True,
-    )(work)
+    )(attempt)
 
 
 def _put(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.printable import printable
+
 FOR_PEOPLE = ("table", "markdown", "latex")
 FORMATS = (*FOR_PEOPLE, "json", "jsonl", "csv", "parquet")
 
@@ -69,14 +71,25 @@ def _text(table: pa.Table, form: str) -> str:
     names = table.column_names
     lines = [[_value(column[i]) for column in table.columns] for i in range(len(table))]
     if form == "csv":
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerows([names, *([_flat(v) for v in line] for line in lines)])
-        return buffer.getvalue()
+        written = _CsvLines()
+        # csv quotes the characters of its own line end alone, and a carriage return in a cell must be quoted too.
+        csv.writer(written, lineterminator="\r\n").writerows([names, *([_flat(v) for v in line] for line in lines)])
+        return "".join(written.lines)
     objects = [dict(zip(names, map(_json, line), strict=True)) for line in lines]
     if form == "jsonl":
         return "\n".join(json.dumps(o) for o in objects)
     return json.dumps(objects, indent=1)
+
+
+class _CsvLines:
+    """What csv.writer writes, with a newline alone at the end of each line."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, line: str) -> None:
+        """Take one line of the table, which can have several lines of text."""
+        self.lines.append(line.removesuffix("\r\n") + "\n")
 
 
 def _value(scalar: Any) -> Any:
@@ -97,7 +110,8 @@ class Shown:
 
 def shown(table: pa.Table) -> list[Shown]:
     """The columns as people see them: numbers of four significant digits, p values of three, lists joined by `+`, `-`
-    for what is missing; NAME_low and NAME_high side by side are one column, `NAME 95 % interval`."""
+    for what is missing; NAME_low and NAME_high side by side are one column, `NAME 95 % interval`. Control and
+    bidirectional characters are escaped."""
     found, names, at = list[Shown](), table.column_names, 0
     while at < len(names):
         name, column, kind = names[at], table.column(at), table.schema.types[at]
@@ -105,11 +119,12 @@ def shown(table: pa.Table) -> list[Shown]:
         floats = all(map(pa.types.is_floating, table.schema.types[at : at + 2]))
         if whole != name and names[at + 1 : at + 2] == [f"{whole}_high"] and floats:
             pairs = list(zip(column.to_pylist(), table.column(at + 1).to_pylist(), strict=True))
-            found.append(Shown(f"{whole} 95 % interval", _intervals(pairs), True))
+            found.append(Shown(printable(f"{whole} 95 % interval"), _intervals(pairs), True))
             at += 2
             continue
         show = _p_value if _is_p(name) and pa.types.is_floating(kind) else _shown
-        found.append(Shown(name, tuple(show(_value(scalar)) for scalar in column), _is_number(kind)))
+        texts = tuple(printable(show(_value(scalar)), keep="\n") for scalar in column)
+        found.append(Shown(printable(name), texts, _is_number(kind)))
         at += 1
     return found
 

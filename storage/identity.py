@@ -15,8 +15,12 @@ from typing import Any
 
 SCHEMA_VERSION = 3
 
-SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 """A sweep's name is a folder's name."""
+
+MAX_SWEEP_NAME = 215
+"""Characters of a new sweep's name. A file name has 255; Ray's log of a job, `job-driver-NAME-DATE-TIME-xxxx.log`, adds
+the most to it."""
 
 # One table per schema number, never edited once rows exist. A later schema repeats the entries of
 # the one before and adds its own; the field's value then counts only where it differs.

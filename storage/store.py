@@ -9,11 +9,12 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +26,9 @@ from storage.encoding import parquet
 from storage.errors import DamagedError, QueryError, StoreError
 from storage.identity import SWEEP_NAME
 from storage.manifest import PLAN_SCHEMA, REPEATING, STEM, Manifest, PlannedTask, next_time, plan_content
+from storage.printable import is_utf8, printable
 from storage.records import Row, Shard, utc_now
+from storage.remote import KINDS, Budget, kind_of, one_line, open_filesystem, settings
 from storage.rowfiles import Compaction, Problem, compact, set_aside, valid_rows, warn_skipped
 from storage.schema import rows_to_table
 from storage.scratch import Scratch
@@ -55,10 +58,18 @@ class DenseFile:
 
 def check_location(location: str) -> None:
     """Raise StoreError where the text cannot be a store's location."""
-    if not location or location.endswith("://"):
+    if not location or location.endswith("://") or "\0" in location:
         raise StoreError(f"{location!r} is no store location: give a folder, or a URI as s3://bucket/prefix")
-    if "@" in location.partition("://")[2].partition("/")[0]:  # it would be shown wherever the store is named
+    user, at, _ = location.partition("://")[2].partition("/")[0].rpartition("@")
+    if at and not _names_no_secret(location.partition("://")[0], unquote(user)):  # it would be shown
         raise StoreError("a store's URI holds no credentials: they belong in the environment (AWS_ACCESS_KEY_ID, ...)")
+    kind_of(location)
+
+
+def _names_no_secret(scheme: str, user: str) -> bool:
+    """Whether what stands before the @ of a URI is a container of Azure, a user of HDFS, or Google's `anonymous`."""
+    kind = KINDS.get(scheme)
+    return (kind in ("abfs", "hdfs") and ":" not in user) or (kind == "gs" and user == "anonymous")
 
 
 class Store:
@@ -72,14 +83,17 @@ class Store:
         check_location(self.location)
         try:
             if "://" in self.location:
-                self.fs, root = pafs.FileSystem.from_uri(self.location)
-                self._for_small, _ = pafs.FileSystem.from_uri(_one_put(self.location))
+                self.fs, root = open_filesystem(self.location)
+                self._for_small = self.fs if self.is_local else open_filesystem(_one_put(self.location))[0]
             else:
                 self.fs, root = pafs.LocalFileSystem(), str(Path(self.location).expanduser().absolute())
                 self._for_small = self.fs
-        except (pa.ArrowException, ValueError, OSError) as error:
-            raise StoreError(f"{self.location} is no store location: {error}") from error
+        except (pa.ArrowException, ValueError, OSError, RuntimeError) as error:
+            why = f"{one_line(error)}{settings(self.location)}"
+            raise StoreError(f"cannot open the store {printable(self.location)}: {why}") from error
         self.root = root.rstrip("/")
+        if not is_utf8(self.root):
+            raise StoreError(f"{printable(self.root)} is not a name in UTF-8. Use a store whose path is in UTF-8")
 
     def __repr__(self) -> str:
         return f"Store({self.location!r})"
@@ -133,26 +147,33 @@ class Store:
             # pyarrow says "not found" of a folder that is made or removed while it looks.
             infos = again(lambda: self._asked(lambda: self.fs.get_file_info(selector)), FileNotFoundError)
         except OSError as error:
-            raise StoreError(f"cannot list {self.location}/{folder}: {error}") from error
+            raise self._error("list", folder, error) from error
         return [i for i in infos if i.type == pafs.FileType.File and not i.base_name.startswith(".")]
 
-    def _asked(self, work: Callable[[], T]) -> T:
-        """`work` on the file system; an object store is asked again."""
-        return work() if self.is_local else patiently(work)
+    def _asked(self, work: Callable[[], T], budget: Budget | None = None) -> T:
+        """`work` on the file system; an object store is asked again, within the time limit of storage.remote."""
+        return work() if self.is_local else patiently(work, budget)
+
+    def _error(self, what: str, name: str, error: OSError) -> StoreError:
+        """The StoreError of a file or folder that cannot be read, listed, ..."""
+        reason = f"{one_line(error)}{settings(self.location)}"
+        return StoreError(f"cannot {what} {printable(self.location)}/{printable(name)}: {reason}")
 
     def read(self, name: str) -> bytes:
         """A file's content. Raises FileNotFoundError, or StoreError where it cannot be read."""
+        budget = Budget()
 
         def content() -> bytes:
             with self.fs.open_input_file(f"{self.root}/{name}") as file:
+                budget.allow(file.size())
                 return file.read()
 
         try:
-            return self._asked(content)
+            return self._asked(content, budget)
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StoreError(f"cannot read {self.location}/{name}: {error.strerror or error}") from error
+            raise self._error("read", name, error) from error
 
     def names(self, folder: str) -> list[str]:
         """The files in a folder, by their names in it."""
@@ -169,11 +190,23 @@ class Store:
 
     def commit(self, name: str, content: bytes) -> None:
         """Make `content` durable; a file that is there already stays as it is. Raises StoreError."""
-        commit(self._fs_for(content), f"{self.root}/{name}", content)
+        with self._advice():
+            commit(self._fs_for(content), f"{self.root}/{name}", content)
 
     def replace(self, name: str, content: bytes, *, durable: bool = True) -> None:
         """Write `content` in place of what is there: old or new, never a mixture. Raises StoreError."""
-        replace(self._fs_for(content), f"{self.root}/{name}", content, durable=durable)
+        with self._advice():
+            replace(self._fs_for(content), f"{self.root}/{name}", content, durable=durable)
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        """Within this, a StoreError of a remote store also names the store and the settings to check."""
+        try:
+            yield
+        except StoreError as error:
+            if self.is_local:
+                raise
+            raise StoreError(f"the store {printable(self.location)}: {error}{settings(self.location)}") from error
 
     def _fs_for(self, content: bytes) -> pafs.FileSystem:
         """Small files are written in one request, large ones as uploads of parts from the start.
@@ -189,7 +222,7 @@ class Store:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise StoreError(f"cannot remove {self.location}/{name}: {error.strerror or error}") from error
+            raise self._error("remove", name, error) from error
 
     def move(self, name: str, target: str) -> None:
         """Move a file; another process may have done so already. Raises StoreError."""
@@ -204,7 +237,7 @@ class Store:
         except OSError as error:
             if not self._is_there(name):
                 return
-            raise StoreError(f"cannot move {self.location}/{name}: {error.strerror or error}") from error
+            raise self._error("move", name, error) from error
 
     def _is_there(self, name: str) -> bool:
         try:

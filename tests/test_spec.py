@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +264,82 @@ def test_what_is_no_yaml_mapping_is_told_with_its_place(text: str, place: str, t
 
 
 @pytest.mark.parametrize("text", ["name: \0\n", "name: 2024-99-99\n", "name: !!int many\n", "name: !!float x\n"])
-def test_yaml_without_a_place_is_still_a_message(text: str) -> None:
-    """What the YAML library rejects without a mark is a mistake of the person all the same."""
-    assert message(text).startswith("good.yaml: not valid YAML: ")
+def test_what_the_yaml_library_rejects_without_a_place_has_one(text: str) -> None:
+    """A character or a scalar that is not allowed stands in a line."""
+    assert message(text).startswith("good.yaml:1:7: not valid YAML: ")
+
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: *a{i - 1}, y{i}: *a{i - 1}}}\n" for i in range(1, 60))
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "told"),
+    [
+        ("#\n" * 500_001, "500001:1", "larger than 1 MB"),
+        ("name: " + "é" * 500_000, "1:500004", "larger than 1 MB"),
+        ("a:\n" + "[" * 51, "2:50", "more than 50 deep"),
+        ("[" * 10**6, "1:51", "more than 50 deep"),
+        ("- " * 60, "1:101", "more than 50 deep"),
+        ("a: &a " + "[" * 40 + "]" * 40 + "\nb: " + "[" * 15 + "*a", "2:19", "more than 50 deep"),
+        (LAUGHS, "6:25", "more than 100000"),
+        (MERGES, "15:16", "more than 100000"),
+        ("a: &a\n  <<: *a\n", "2:7", "contains it"),
+        ("a: &a [*a]", "1:8", "contains it"),
+        ("a: &a {b: &b {<<: [*a]}}", "1:20", "contains it"),
+        ("a: 1\n<<: 3\n", "2:5", "expected a mapping"),
+        ("<<: [1, 2]", "1:6", "expected a mapping"),
+        ("grid: " + "1" * 5000, "1:7", "4300 digits"),
+        ("grid: 0x" + "f" * 5000, "1:7", "128 bits"),
+        ("grid: " + str(2**128), "1:7", "128 bits"),
+        ("name: !!binary aGk=", "1:7", "tag"),
+        ("name: !!python/object:os.system x", "1:7", "tag"),
+        ("a: !!omap [b: 1]", "1:4", "tag"),
+        ("name: a\n\x1b", "2:1", "special characters"),
+        ("name: \udce9", "1:7", "special characters"),
+    ],
+)
+def test_limits_of_a_spec(text: str, place: str, told: str) -> None:
+    """Size, depth, nodes and kinds of values are checked before anything is built: each within a second or so."""
+    began = time.monotonic()
+    found = message(text)
+    assert time.monotonic() - began < 15
+    assert found.startswith(f"good.yaml:{place}: ")
+    assert told in found and len(found) < 300
+
+
+def test_nodes_without_aliases_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the document and of every --set together."""
+    monkeypatch.setattr("orchestrator.documents.MAX_NODES", 100)
+    assert "good.yaml:1:199: too large" in message("a: [" + "1," * 100 + "]")
+    assert "more than 100 keys and values" in message(GOOD, "grid.seed=[" + "1," * 70 + "]")
+
+
+def test_a_spec_within_its_limits_is_read() -> None:
+    """50 levels, aliases and merge keys of mappings, a mark of byte order."""
+    text = "a: &a " + "[" * 24 + "]" * 24 + "\nb: " + "[" * 25 + "*a" + "]" * 25 + "\nc: &c {x: 1}\nd: {<<: *c}\n"
+    found = Document("d", "\ufeff" + text).plain()
+    assert found["d"] == {"x": 1} and set(found) == set("abcd")
+
+
+@pytest.mark.parametrize("length", [215, 216, 300])
+def test_the_length_of_a_sweeps_name(length: int) -> None:
+    """A name that would be too long for a file is refused where it is read."""
+    text = GOOD.replace("name: good", f"name: {'n' * length}")
+    if length <= 215:
+        checked(text)
+    else:
+        assert "215 characters at most" in message(text)
+
+
+def test_many_mistakes_are_a_short_message() -> None:
+    """Neither their number nor the length of a value makes it long; many equal points are read in time."""
+    text = GOOD + "".join(f"k{i}: 1\n" for i in range(500))
+    assert message(text).count("\n") == 50 and "and 450 more mistakes" in message(text)
+    assert len(message(GOOD.replace("name: good", f"name: {'ä' * 10**5}"))) < 5000
+    began = time.monotonic()
+    message(GOOD.replace("seed: 0", "seed: [" + "0," * 5_000 + "x]"))
+    assert time.monotonic() - began < 15
 
 
 AXES: list[tuple[str, Any]] = [

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFile
 
-from models.weights import NotRegular, open_regular, shown
+from storage.printable import printable
+from storage.userfiles import NotRegular, open_regular
 from tests.conversations import items_of, make_data
 from workers import folders
 from workers.datasets import DATASETS, Dataset, Split, dataset_content, find_dataset
@@ -269,7 +270,7 @@ def test_names_that_are_not_utf8_are_shown_escaped(tmp_path: Path) -> None:
     (root / "train" / LATIN1).mkdir()
     with pytest.raises(BadFolder, match=r"train/ has classes that test/ has not: \\xe9t\\xe9\.png"):
         found(root)
-    assert shown("a\nb\x1b[0m\udce9é\ud800") == "a\\nb\\x1b[0m\\xe9é\\ud800"
+    assert printable("a\nb\x1b[0m\udce9é\ud800") == "a\\nb\\x1b[0m\\xe9é\\ud800"
 
 
 def test_images_with_text_are_regular_files_with_any_name(tmp_path: Path) -> None:

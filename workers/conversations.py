@@ -10,7 +10,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from models.weights import open_regular, shown
+from storage.printable import printable
+from storage.userfiles import open_regular
 
 IMAGE = "<image>"
 """Stands in a question where the image is."""
@@ -43,7 +44,7 @@ class Item:
 def read_items(file: Path, images: Path) -> list[Item]:
     """The items of a file; their images lie in the folder `images`. Raises ValueError naming file and item."""
     return [
-        item_of(data, f"{shown(file)}: item {_id(data, at)}", at, images) for at, data in enumerate(read_list(file))
+        item_of(data, f"{printable(file)}: item {_id(data, at)}", at, images) for at, data in enumerate(read_list(file))
     ]
 
 
@@ -51,7 +52,7 @@ def read_list(file: Path) -> list[Any]:
     """A JSON file's list. Raises ValueError."""
     found = read_json(file)
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{shown(file)} is no list of items (LLaVA's format: id, image, conversations)")
+        raise ValueError(f"{printable(file)} is no list of items (LLaVA's format: id, image, conversations)")
     return found
 
 
@@ -61,9 +62,9 @@ def read_json(file: Path) -> Any:
         with open_regular(file) as opened:
             return json.load(opened)
     except OSError as error:
-        raise ValueError(f"{shown(file)} cannot be read: {error}") from error
+        raise ValueError(f"{printable(file)} cannot be read: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{shown(file)} is no JSON: {error}") from error
+        raise ValueError(f"{printable(file)} is no JSON: {error}") from error
 
 
 def item_of(data: Any, where: str, at: int, images: Path) -> Item:
@@ -71,11 +72,11 @@ def item_of(data: Any, where: str, at: int, images: Path) -> Item:
     if not isinstance(data, dict) or not isinstance(data.get("conversations"), list):
         raise ValueError(f"{where} has no list `conversations`")
     if not isinstance(data.get("image"), str):
-        raise ValueError(f"{where} names no image: every item needs one, a file under {shown(images)}")
+        raise ValueError(f"{where} names no image: every item needs one, a file under {printable(images)}")
     image = images / data["image"]
     if not image.is_file():
         wrong = "the image is not a regular file:" if image.exists() else "there is no image"
-        raise ValueError(f"{where}: {wrong} {shown(image)}; `image` names a file under {shown(images)}")
+        raise ValueError(f"{where}: {wrong} {printable(image)}; `image` names a file under {printable(images)}")
     turns = tuple(_turns(data["conversations"], where))
     letters = tuple(_letters(data, turns, where))
     return Item(str(_id(data, at)), image, turns, letters)

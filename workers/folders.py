@@ -23,8 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.weights import open_regular, shown
 from storage.phases import Report, silent
+from storage.printable import printable
+from storage.userfiles import open_regular
 from workers.datasets import DataMissing, Dataset, Samples, Shape
 
 SMALL = 64
@@ -126,7 +127,7 @@ def find_folder(name: str, root: Path, report: Report = silent) -> Dataset:
     folder = _looked(name, root, report)
     if name == "imagenet" and len(folder.classes) != IMAGENET_CLASSES:
         raise BadFolder(
-            f"{shown(root)} has {len(folder.classes)} classes; imagenet has {IMAGENET_CLASSES} (imagefolder:PATH "
+            f"{printable(root)} has {len(folder.classes)} classes; imagenet has {IMAGENET_CLASSES} (imagefolder:PATH "
             "takes any number)"
         )
     return Dataset(
@@ -136,7 +137,7 @@ def find_folder(name: str, root: Path, report: Report = silent) -> Dataset:
         len(folder.test.paths),
         _shape(folder),
         len(folder.classes),
-        damaged=tuple(shown(root / path) for part in (folder.train, folder.test) for path in part.damaged),
+        damaged=tuple(printable(root / path) for part in (folder.train, folder.test) for path in part.damaged),
     )
 
 
@@ -156,13 +157,13 @@ def _shape(folder: Folder) -> Shape:
 def _looked(name: str, root: Path, report: Report) -> Folder:
     if not root.is_dir():
         raise DataMissing(
-            f"the data set {name} is not there: no folder {shown(root)} (a path that is not absolute is taken "
+            f"the data set {name} is not there: no folder {printable(root)} (a path that is not absolute is taken "
             "from the data root: --data-root, PRUNESWEEP_DATA_ROOT)"
         )
     try:
         return look(root, Receiver(report))
     except OSError as error:
-        raise BadFolder(f"{shown(root)} cannot be read: {error}") from None
+        raise BadFolder(f"{printable(root)} cannot be read: {error}") from None
 
 
 def _load(folder: Folder) -> tuple[Samples, Samples]:
@@ -193,7 +194,7 @@ def look(root: Path, receiver: Receiver) -> Folder:
     Raises BadFolder, naming what is wrong, where those are not in it, classes differ, one is empty, or too many
     images are damaged; OSError where something cannot be read.
     """
-    receiver.report(f"listing the images in {shown(root)}")
+    receiver.report(f"listing the images in {printable(root)}")
     train, test = _parts(root)
     files = {part: _class_files(root, part) for part in (train, test)}
     _check_classes(root, files)
@@ -218,9 +219,9 @@ def _parts(root: Path) -> tuple[str, str]:
     test images have none)."""
     found = [part for part in ("test", "val") if _classes(root / part)]
     if not _classes(root / "train") or not found:
-        there = ", ".join(shown(name) for name in sorted(path.name for path in root.iterdir())[:10]) or "nothing"
+        there = ", ".join(printable(name) for name in sorted(path.name for path in root.iterdir())[:10]) or "nothing"
         raise BadFolder(
-            f"{shown(root)} is no folder of images: it needs train/ and test/ or val/, in each a folder per class; "
+            f"{printable(root)} is no folder of images: it needs train/ and test/ or val/, in each a folder per class; "
             f"it has {there}"
         )
     return "train", found[0]
@@ -238,7 +239,7 @@ def _classes(part: Path) -> dict[str, str]:
         other = classes.setdefault(unicodedata.normalize("NFC", name), name)
         if other != name:
             raise BadFolder(
-                f"{shown(part)} has two folders for one class: {other!a} and {name!a} differ only in their "
+                f"{printable(part)} has two folders for one class: {other!a} and {name!a} differ only in their "
                 "Unicode form. A class has one folder. Move the images into one of them"
             )
     return classes
@@ -263,8 +264,8 @@ def _entered(folder: Path, inside: tuple[Path, ...]) -> tuple[Path, ...]:
     real = folder.resolve()
     if any(outer.is_relative_to(real) for outer in inside):
         raise BadFolder(
-            f"{shown(folder)} is a link to a folder that holds it, {shown(real)}. Links to other folders are allowed. "
-            "Remove the link"
+            f"{printable(folder)} is a link to a folder that holds it, {printable(real)}. "
+            "Links to other folders are allowed. Remove the link"
         )
     return (*inside, real)
 
@@ -299,9 +300,9 @@ def _check_classes(root: Path, files: Mapping[str, Mapping[str, Sequence[Stat]]]
     (train, trained), (test, tested) = files.items()
     for one, other, classes in ((train, test, set(trained) - set(tested)), (test, train, set(tested) - set(trained))):
         if classes:
-            raise BadFolder(f"{shown(root)}: {one}/ has classes that {other}/ has not: {_some(sorted(classes))}")
+            raise BadFolder(f"{printable(root)}: {one}/ has classes that {other}/ has not: {_some(sorted(classes))}")
     if empty := [f"{part}/{name}" for part, classes in files.items() for name, stats in classes.items() if not stats]:
-        raise BadFolder(f"{shown(root)}: no image in {_some(empty)}; allowed: {', '.join(SUFFIXES)}")
+        raise BadFolder(f"{printable(root)}: no image in {_some(empty)}; allowed: {', '.join(SUFFIXES)}")
 
 
 def _check_levels(root: Path, known: pa.Table) -> None:
@@ -311,15 +312,16 @@ def _check_levels(root: Path, known: pa.Table) -> None:
         path, why = unsupported[0]
         more = f" and {len(unsupported) - 1} more images" if len(unsupported) > 1 else ""
         raise BadFolder(
-            f"{shown(root / path)}: {why}. Allowed: levels of 8 or 16 bits, and floats from 0 (black) to 1 (white). "
-            f"Convert it{more}, all by the same scale"
+            f"{printable(root / path)}: {why}. Allowed: levels of 8 or 16 bits, and floats from 0 (black) to 1 "
+            f"(white). Convert it{more}, all by the same scale"
         )
     deep = [(highest, os.fsdecode(path)) for path, highest in _rows(known, "path", "highest") if highest is not None]
     if deep and max(deep)[0] < LOW_LEVEL:
         highest, path = max(deep)
         raise BadFolder(
-            f"{shown(root / path)}: {highest} is the highest level of all {len(deep)} images with 16 bits, so that all "
-            "would be nearly black. White is 65535. Scale the levels to 0..65535, or save the images with 8 bits"
+            f"{printable(root / path)}: {highest} is the highest level of all {len(deep)} images with 16 bits, so "
+            "that all would be nearly black. White is 65535. Scale the levels to 0..65535, or save the images "
+            "with 8 bits"
         )
 
 
@@ -329,7 +331,7 @@ def _part(part: Path, classes: Mapping[str, Sequence[Stat]], damaged: Mapping[st
     bad = [path for path, _ in every if path in damaged]
     if len(bad) > SKIPPED_SHARE * len(every):
         raise BadFolder(
-            f"{len(bad)} of the {len(every)} images in {shown(part)} are damaged, more than the "
+            f"{len(bad)} of the {len(every)} images in {printable(part)} are damaged, more than the "
             f"{SKIPPED_SHARE:.0%} that are left out: {_some(bad)} (the first: {damaged[bad[0]]}); "
             "replace or remove them"
         )
@@ -339,7 +341,7 @@ def _part(part: Path, classes: Mapping[str, Sequence[Stat]], damaged: Mapping[st
 
 def _some(names: Sequence[str]) -> str:
     """The first few, and how many there are."""
-    return ", ".join(map(shown, names[:5])) + (f", and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(map(printable, names[:5])) + (f", and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _content(known: pa.Table) -> str:
@@ -377,7 +379,7 @@ def _inspected(root: Path, stats: Sequence[Stat], report: Report) -> pa.Table:
         for piece, verdicts in zip(pieces, found, strict=True):
             there |= dict(zip(piece, verdicts, strict=True))
             read += len(piece)
-            report(f"reading the images in {shown(root)}", read, len(unknown), "image")
+            report(f"reading the images in {printable(root)}", read, len(unknown), "image")
     rows = [(*key, *there[key]) for key in keys]
     known = pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _KNOWN, strict=True)],

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils import data as loading
 
-from models.weights import shown
+from storage.printable import printable
 from workers.datasets import Split, normalised
 from workers.folders import picture
 
@@ -74,7 +74,7 @@ def _opened(root: Path, path: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # its decoders raise many kinds
-        raise ValueError(f"{shown(root / path)} could be read before and cannot now: {error}") from error
+        raise ValueError(f"{printable(root / path)} could be read before and cannot now: {error}") from error
 
 
 @dataclass(frozen=True)

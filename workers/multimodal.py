@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.multimodal import hash_of
-from models.weights import shown
+from storage.printable import printable
 from workers.conversations import IMAGE, Item, read_items, read_json, read_list
 from workers.datasets import DataMissing, Dataset, Split
 from workers.folders import Unsupported, picture
@@ -70,11 +70,11 @@ def _processor_files(folder: Path) -> list[Path]:
     """The files of a processor, without hidden ones. Raises ValueError for a FIFO, socket or device, which
     transformers would open."""
     if not folder.is_dir():
-        raise ValueError(f"{shown(folder)} is not a folder of a tokenizer and image processor")
+        raise ValueError(f"{printable(folder)} is not a folder of a tokenizer and image processor")
     paths = [path for path in folder.iterdir() if path.exists() and not path.name.startswith(".")]
     files = [path for path in paths if not path.is_dir()]
     if special := [path for path in files if not path.is_file()]:
-        raise ValueError(f"{shown(special[0])} is not a regular file; replace or remove it")
+        raise ValueError(f"{printable(special[0])} is not a regular file; replace or remove it")
     return files
 
 
@@ -113,7 +113,7 @@ def encoded_item(item: Item, processor: Any) -> Encoded:
     tokens, places = _tokenised(text, processor)
     answers = [at for at, (a, b) in enumerate(places) if at and any(a < end and b > begin for begin, end in spans)]
     if not answers:
-        raise ValueError(f"{shown(item.image)}: item {item.id}: no token is an answer's: {text!r}")
+        raise ValueError(f"{printable(item.image)}: item {item.id}: no token is an answer's: {text!r}")
     if not item.letters:
         return Encoded(tuple(tokens), tuple(answers))
     begin, end = spans[-1]
@@ -195,13 +195,13 @@ def _pixels(item: Item, processor: Any) -> torch.Tensor:
     except Exception as error:  # PIL's decoders raise many kinds
         kind = "cannot be used" if isinstance(error, Unsupported) else "is damaged"
         raise ValueError(
-            f"item {item.id}: the image {shown(item.image)} {kind}: {error}. Allowed: levels of 8 or 16 bits, and "
+            f"item {item.id}: the image {printable(item.image)} {kind}: {error}. Allowed: levels of 8 or 16 bits, and "
             "floats from 0 to 1. Convert or replace it"
         ) from error
     pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     if pixels.shape[1:] != (3, *_size_of(processor.image_processor.to_dict())):
         raise ValueError(
-            f"the data set's processor makes {list(pixels.shape)} of {shown(item.image)}: one view is needed"
+            f"the data set's processor makes {list(pixels.shape)} of {printable(item.image)}: one view is needed"
         )
     return pixels[0].float()
 

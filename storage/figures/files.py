@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.figures import look
+from storage.printable import printable_lines
 
 _PIXELS = 30_000
 """More than this in height, and viewers of PNG give up."""
@@ -18,12 +19,23 @@ _NO_METADATA: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "
 def save(figures: list[Any], path: Path) -> None:
     """Write figures to a .png, .pdf or .svg file; a .pdf has a page for each, the others take one. The same figure
     gives the same bytes."""
+    for figure in figures:
+        _escape(figure)
     if path.suffix == ".pdf":
         _save_pdf(figures, path)
         return
     (figure,) = figures
     about = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     figure.savefig(path, dpi=min(300, int(_PIXELS / figure.get_figheight())), metadata=about)
+
+
+def _escape(figure: Any) -> None:
+    """Escape control and bidirectional characters in every text of a figure."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if (escaped := printable_lines(text.get_text())) != text.get_text():
+            text.set_text(escaped)
 
 
 def _save_pdf(figures: list[Any], path: Path) -> None:
@@ -37,6 +49,7 @@ def _save_pdf(figures: list[Any], path: Path) -> None:
 def png(figure: Any, dpi: int = 150) -> bytes:
     """A figure as PNG."""
     out = BytesIO()
+    _escape(figure)
     figure.savefig(out, format="png", dpi=dpi)
     return out.getvalue()
 
@@ -45,6 +58,7 @@ def inline(figure: Any, prefix: str) -> str:
     """A figure as one `<svg>` to stand within a page, transparent, its ink in `currentColor`, every id `prefix-...`,
     scaled to the width that is there. It refers to nothing outside itself and styles nothing but itself."""
     out = StringIO()
+    _escape(figure)
     figure.savefig(out, format="svg", transparent=True, dpi=150, metadata=_NO_METADATA)
     text = out.getvalue()
     text = text[text.index("<svg") :]

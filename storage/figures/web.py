@@ -12,6 +12,7 @@ import numpy as np
 from storage.figures import look, parallel, scatter, taus, words
 from storage.figures.arranged import heatmap_axes, lines, tables
 from storage.figures.data import FigureData
+from storage.printable import printable, printable_lines, printable_page
 from storage.statistics.records import Claim, Interval
 
 Clouds = list[tuple[Claim, scatter.Cloud]]
@@ -41,12 +42,23 @@ def page(kind: str, data: FigureData) -> str:
     """A whole HTML document that refers to nothing outside itself."""
     figure = _KINDS[kind](data)
     figure.update_layout(template="plotly_white", font={"size": 12}, hoverlabel={"align": "left"})
-    body = figure.to_html(
+    body = type(figure)(_escaped(figure.to_dict())).to_html(
         include_plotlyjs=True, include_mathjax=False, full_html=False, config={"displaylogo": False, "responsive": True}
     )
-    name = html.escape(f"{data.sweep}: {kind}")
+    name = html.escape(printable(f"{data.sweep}: {kind}"))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+    return printable_page(f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n')
+
+
+def _escaped(part: Any) -> Any:
+    """A part of a figure whose texts have their control and bidirectional characters escaped."""
+    if isinstance(part, str):
+        return printable_lines(part)
+    if isinstance(part, dict):
+        return {key: _escaped(value) for key, value in part.items()}
+    if isinstance(part, np.ndarray) and part.dtype.kind in "OU":
+        part = part.tolist()
+    return [_escaped(value) for value in part] if isinstance(part, list | tuple) else part
 
 
 def _sheet(titles: Sequence[str], widest: int = 3, height: int = _PANEL, **shared: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from storage.figures import WIDTHS, FigureData, svg
 from storage.figures import why_not as no_figure
 from storage.phases import Report, silent
+from storage.printable import printable_page
 from storage.report import answer, tables, words
 from storage.report.numbers import fixed, interval, listed, moment, seconds, share, some
 from storage.report.reading import attempt
@@ -138,7 +139,7 @@ def _drawn(
 
 
 def page(facts: Facts, figures: Figures, commands: Commands) -> str:
-    """The report as HTML. Every text of the store is escaped; what is drawn is storage.figures' own."""
+    """The report as HTML. Every text of the store is escaped, control characters too; figures are ours."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -150,12 +151,13 @@ def page(facts: Facts, figures: Figures, commands: Commands) -> str:
     )
     environment.filters |= {"fixed": fixed, "interval": interval, "moment": moment, "some": some}
     script = environment.get_template("page.js.j2").render()
-    return environment.get_template("page.html.j2").render(
+    text = environment.get_template("page.html.j2").render(
         **_shown(facts, figures, commands),
         css=environment.get_template("page.css.j2").render(),
         js=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+    return printable_page(text)
 
 
 def _shown(facts: Facts, figures: Figures, commands: Commands) -> dict[str, Any]:
