@@ -14,6 +14,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from storage.userfiles import open_regular
+
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _START = "start prunesweep in the folder that holds it (a job: give --working-dir to submit and resume)"
 _FOLDERS = ("imagefolder", "llava")
@@ -48,13 +50,21 @@ def load(name: str) -> Any:
 def fingerprint(name: str) -> str:
     """16 hex digits over every .py file of the top-level package of `name`, or over its one module.
 
-    Nothing is imported. Raises ValueError where there is no such package.
+    Nothing is imported. Raises ValueError where there is no such package, or a file of it is not a regular one.
     """
     said = hashlib.sha256()
     for inside, path in _files(_find(name)):
-        content = path.read_bytes()
+        content = _content(name, path)
         said.update(f"{inside}\0{len(content)}\0".encode() + content)
     return said.hexdigest()[:16]
+
+
+def _content(name: str, path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"{name}: its code cannot be read: {error}; replace or remove the file") from error
 
 
 def _find(name: str) -> ModuleSpec:

@@ -100,7 +100,7 @@ def code() -> str:
     """8 hex digits over prunesweep's own code as this process has it."""
     said, folder = hashlib.sha256(), Path(__file__).resolve().parents[1]
     rooms = ("orchestrator", "workers", "models", "pruners", "storage")
-    for path in sorted(path for room in rooms for path in (folder / room).rglob("*.py")):
+    for path in sorted(path for room in rooms for path in (folder / room).rglob("*.py") if path.is_file()):
         content = path.read_bytes()
         said.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return said.hexdigest()[:8]

@@ -6,12 +6,14 @@ while a query is planned, out of reach of both.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import json
 import os
 import re
 import resource
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -118,6 +120,7 @@ def _work(work: Callable[[], Done], limits: Limits, writing: int) -> NoReturn:
 def _confine(limits: Limits) -> None:
     """From here on the system ends this process where it takes more."""
     faulthandler.disable()
+    _without_reserve()
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)  # what a library says as it ends; what is to be told goes through the pipe
     for name in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
@@ -131,13 +134,46 @@ def _confine(limits: Limits) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
+def _without_reserve() -> None:
+    """Let Arrow take memory as it needs it: its own allocator reserves 1 GiB at once, which leaves a limit little more
+    than that with nothing."""
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
+    if (arrow := sys.modules.get("pyarrow")) is not None:
+        arrow.set_memory_pool(arrow.system_memory_pool())
+
+
 def _outcome(work: Callable[[], Done]) -> tuple[dict[str, str | list[str]], bytes]:
     try:
         done = work()
-    except MemoryError:
-        return {"kind": "memory"}, b""
-    except tuple(_KINDS.values()) as error:
-        return {"kind": type(error).__name__, "message": str(error)}, b""
-    except Exception:
+    except Exception as error:
+        if _is_of_memory(error):
+            return {"kind": "memory"}, b""
+        if isinstance(error, tuple(_KINDS.values())):
+            return {"kind": type(error).__name__, "message": str(error)}, b""
         return {"kind": "internal", "message": traceback.format_exc()}, b""
     return {"kind": "done", "said": list(done.said)}, done.answer
+
+
+_OF_MEMORY = re.compile(
+    r"can't (?:start|create) new thread|cannot start a thread|bad_alloc|allocat\w* (?:fail|memory)|out of memory"
+    r"|failed to (?:allocate|map)|malloc of size",
+    re.IGNORECASE,
+)
+"""What libraries say where the system gives them no memory, or no thread for lack of it."""
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether an error, or the one that it comes from, is that of a library without memory: each has its own kind."""
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, MemoryError) or type(at).__name__ == "OutOfMemoryException":
+            return True
+        if isinstance(at, OSError) and at.errno == errno.ENOMEM:
+            return True
+        # The words of a query's own error can be those of the query.
+        if not isinstance(at, QueryError) and type(at).__module__ != "_duckdb" and _OF_MEMORY.search(str(at)):
+            return True
+        if "std::bad_alloc" in str(at) and type(at).__module__ == "_duckdb":
+            return True
+        at = at.__cause__ or at.__context__
+    return False

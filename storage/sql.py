@@ -176,11 +176,24 @@ def _database(_: int, memory: int | None) -> duckdb.DuckDBPyConnection:
     con.execute("set temp_directory = ''")  # a query writes nothing: not even what memory has no room for
     if memory is not None:
         con.execute(f"set memory_limit = '{memory}B'")
+    _lock(con)
+    atexit.register(con.close)  # one with Python functions in it must be
+    return con
+
+
+def _lock(con: duckdb.DuckDBPyConnection) -> None:
+    """Shut a database off from files, the network and Python's variables, for good."""
     for setting in ("enable_external_access", "python_enable_replacements"):
         con.execute(f"set {setting} = false")
     con.execute("set lock_configuration = true")
-    atexit.register(con.close)  # one with Python functions in it must be
-    return con
+
+
+def locked_relation(table: pa.Table) -> duckdb.DuckDBPyRelation:
+    """A table as a relation, which keeps its locked connection and can be queried further."""
+    con = duckdb.connect()
+    con.execute("set temp_directory = ''")
+    _lock(con)
+    return con.from_arrow(table)
 
 
 def _add_functions(con: duckdb.DuckDBPyConnection) -> None:

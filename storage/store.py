@@ -478,17 +478,16 @@ class Store:
     # -- SQL --------------------------------------------------------------------------------------
 
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
-        """One SELECT over the store's views, as a DuckDB relation (`.df()`, `.fetchall()`, ...).
+        """One SELECT over the store's views, as a DuckDB relation (`.df()`, `.filter(...)`, `.fetchall()`, ...).
 
-        Raises QueryError for anything but one SELECT (or EXPLAIN), and for an error in it; StoreError where there is no
-        store.
+        Its connection has the answer alone: no file, no network and no setting can be reached by SQL on it. To write
+        the answer to a file, use `.df()` or `.arrow()`. Raises QueryError for anything but one SELECT (or EXPLAIN), and
+        for an error in it; StoreError where there is no store.
         """
-        import duckdb
-
-        from storage.sql import run_query
+        from storage.sql import locked_relation, run_query
 
         self.check_exists()
-        return duckdb.connect().from_arrow(run_query(self, query))
+        return locked_relation(run_query(self, query))
 
 
 def _dense_name(dense_id: str, sha256: str) -> str:

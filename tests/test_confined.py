@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
 
+import duckdb
+import pyarrow as pa
 import pytest
 
 from storage.confined import SLACK, Done, Limits, confined
@@ -59,6 +62,38 @@ def test_work_stops_at_its_memory() -> None:
     assert confined(lambda: Done(bytes(len(bytearray(2**27)) // 2**27)), limits).answer == b"\x00"
     with pytest.raises(QueryError, match=r"more than 256 MiB of memory are needed.*--memory"):
         confined(lambda: Done(bytes(len(bytearray(2 * (2**28 + SLACK))))), limits)
+
+
+def _from(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        pa.ArrowMemoryError("malloc of size 64 failed"),
+        duckdb.OutOfMemoryException("Out of Memory Error: Allocation failure"),
+        duckdb.InternalException("std::bad_alloc"),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("libfoo.so: failed to map segment from shared object"),
+        _from(StoreError("cannot read rows"), pa.ArrowMemoryError("realloc failed")),
+        _from(QueryError("no"), duckdb.OutOfMemoryException("no")),
+    ],
+    ids=repr,
+)
+def test_each_librarys_error_of_memory_is_one(error: Exception) -> None:
+    """DuckDB, Arrow, Python, the loader of libraries and threads have their own kinds."""
+    with pytest.raises(QueryError, match=r"more than 1024 MiB of memory are needed.*--memory"):
+        confined(lambda: (_ for _ in ()).throw(error), FREELY)
+
+
+def test_a_query_about_memory_is_no_error_of_memory() -> None:
+    """Words in a message that come from the query itself."""
+    with pytest.raises(QueryError, match="out of memory"):
+        confined(lambda: (_ for _ in ()).throw(QueryError("no column 'out of memory'")), FREELY)
 
 
 def test_what_is_killed_is_told() -> None:

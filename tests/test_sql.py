@@ -12,6 +12,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
 
@@ -568,3 +569,30 @@ def test_a_column_named_twice_is_refused(store: Store) -> None:
     """JSON and Parquet would lose one of them without a word."""
     with pytest.raises(QueryError, match="two columns are named a"):
         run_query(store, "select 1 as a, 2 as a")
+
+
+def test_the_relation_of_an_answer_is_shut_off(store: Store, tmp_path: Path) -> None:
+    """It can be asked further after the store is forgotten, and reaches neither files nor settings nor variables."""
+    relation: Any = store.sql("select 1 as a union all select 2")
+    assert relation.filter("a > 1").fetchall() == [(2,)]
+    assert relation.query("x", "select sum(a) from x").fetchall() == [(3,)]
+    assert len(relation.df()) == relation.to_arrow_table().num_rows == 2
+    secret = tmp_path / "secret.csv"
+    secret.write_text("a\n1\n")
+    table = pa.table({"b": [1]})
+    for sql in (
+        f"from read_csv('{secret}')",
+        f"from '{secret}'",
+        f"from glob('{tmp_path}/*')",
+        f"copy x to '{tmp_path}/out.csv'",
+        f"attach '{tmp_path}/out.duckdb'",
+        "set enable_external_access = true",
+        "install httpfs",
+        "from table",
+        "from secret",
+    ):
+        with pytest.raises(duckdb.Error):
+            relation.query("x", sql).fetchall()
+    with pytest.raises(duckdb.Error, match="disabled"):
+        relation.to_parquet(str(tmp_path / "out.parquet"))
+    assert len(table) == 1 and [path.name for path in tmp_path.iterdir() if path.is_file()] == ["secret.csv"]

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFile
 
+import usercode
 from storage.printable import printable
 from storage.userfiles import NotRegular, open_regular
 from tests.conversations import items_of, make_data
@@ -26,6 +27,7 @@ from workers import folders
 from workers.datasets import DATASETS, Dataset, Split, dataset_content, find_dataset
 from workers.folders import BadFolder
 from workers.multimodal import find_llava, llava_content, load_llava
+from workers.networks import load_network
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 LATIN1 = os.fsdecode("été.png".encode("latin-1"))
@@ -318,3 +320,29 @@ def test_a_small_picture_of_16_bits_marks_the_content(tmp_path: Path) -> None:
     lines = [f"{path}\0{hashlib.sha256((root / path).read_bytes()).hexdigest()}" for path in paths]
     marked = "".join(f"{line}{' scaled' if 'deep.png' in line else ''}\n" for line in lines)
     assert content(root) == hashlib.sha256(marked.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_postscript_named_as_an_image_starts_no_program(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIL finds the format in the content, and would start Ghostscript for EPS."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.exit("a program was started", 1))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "/bin/true")
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(ValueError, match="one of the formats JPEG"):
+        folders.picture(file)
+
+
+def test_code_and_kept_networks_are_regular_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FIFO in a package of the user, or in place of a kept network, is named and blocks nothing."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    os.mkfifo(package / "pipe.py")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"mine:build: its code cannot be read: .*pipe\.py is a FIFO"):
+        usercode.fingerprint("mine:build")
+    with pytest.raises(ValueError, match="is a FIFO"):
+        load_network(package / "pipe.py")

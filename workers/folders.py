@@ -39,6 +39,9 @@ IMAGENET_CLASSES = 1000
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Those that torchvision's ImageFolder takes."""
 
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""Those that PIL may find in a file, whatever its suffix: PIL starts another program, Ghostscript, for EPS."""
+
 SKIPPED_SHARE = 0.01
 """So much of train or test may be damaged, and is left out; more is an error."""
 
@@ -72,6 +75,9 @@ _KNOWN = pa.schema(
     }
 )
 """What is cached of each file. Caches with another schema are not used: change it when a verdict on a file changes."""
+
+JUDGED = 2
+"""Part of the name of a cache. Count it up when a verdict on a file changes under one schema."""
 
 _STAT = ("path", "bytes", "changed")
 
@@ -445,9 +451,9 @@ def _opened(content: bytes) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:  # it names an object in memory
-        raise ValueError("its content is not in an image format that PIL reads") from None
+        raise ValueError(f"its content is not an image in one of the formats {', '.join(FORMATS)}") from None
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(f"it has {image.width}x{image.height} pixels; the maximum is {MOST_PIXELS}")
     return image
@@ -511,7 +517,7 @@ def _tag(image: Any, number: int) -> int | None:
 
 def _cache_file(root: Path) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "prunesweep" / "folders" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.parquet"
+    return base / "prunesweep" / "folders" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}-{JUDGED}.parquet"
 
 
 def _read(path: Path) -> pa.Table | None:

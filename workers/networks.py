@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models import build_model, input_shape
+from storage.userfiles import NotRegular, open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +52,19 @@ def load_network(path: str | os.PathLike[str]) -> nn.Module:
     FileNotFoundError, or ValueError for another kind of file, and for content that does not match the digest in the
     file's name.
     """
-    content = Path(path).read_bytes()
+    content = _content(Path(path))
     named = _NAME.fullmatch(Path(path).name)
     if named and not hashlib.sha256(content).hexdigest().startswith(named[1]):
         raise ValueError(f"{path} is damaged: its content does not match the digest in its name")
     return network_of(content, str(path))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except NotRegular as error:
+        raise ValueError(str(error)) from error
 
 
 def network_of(content: bytes, path: str = "this file") -> nn.Module:
