@@ -57,7 +57,7 @@ def _value(text: str) -> Any:
 
     try:
         value = json.loads(text, parse_constant=no_number)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, str | int | float | bool | None) else text
 
@@ -219,7 +219,7 @@ def _rendered(table: pa.Table, form: str, columns: int | None) -> bytes:
 
     try:
         return render(table, form, columns)
-    except OverflowError as error:  # DuckDB has dates that Python has not
+    except (OverflowError, NotImplementedError) as error:  # dates that Python has not, types that Parquet has not
         raise QueryError(f"a value of the answer cannot be written as {form}: {error}") from error
 
 

@@ -118,7 +118,7 @@ def emit(table: pa.Table, form: str, output: Path | None) -> None:
 
     try:
         content = render(table, form, width(output))
-    except OverflowError as error:  # DuckDB has dates that Python has not
+    except (OverflowError, NotImplementedError) as error:  # dates that Python has not, types that Parquet has not
         raise UserError(f"a value of the answer cannot be written as {form}: {error}") from error
     put(content, output)
 

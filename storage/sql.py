@@ -25,6 +25,7 @@ from storage import statistics
 from storage.encoding import repeated
 from storage.errors import DamagedError, QueryError
 from storage.manifest import PLAN_SCHEMA
+from storage.printable import is_utf8
 from storage.rowfiles import ROW_FILES_SCHEMA, Problem, chosen, warn_skipped
 from storage.schema import COLUMNS, SCHEMA
 from storage.statistics.p_values import p_of
@@ -241,6 +242,8 @@ def check_select(con: duckdb.DuckDBPyConnection, query: str) -> None:
 
 def _the_select(con: duckdb.DuckDBPyConnection, query: str) -> duckdb.Statement:
     """The one SELECT, or EXPLAIN of one, that `query` is. Raises QueryError."""
+    if not is_utf8(query):
+        raise QueryError("the query is not text in UTF-8")
     try:
         statements = con.extract_statements(query)
     except duckdb.Error as error:
@@ -279,6 +282,8 @@ def run_query(
 ) -> pa.Table:
     """One SELECT over the store's views, fetched whole. `parameters` are the values of its `$name`s; DuckDB takes at
     most `memory` bytes. Raises QueryError."""
+    if wrong := [name for name, value in (parameters or {}).items() if isinstance(value, str) and not is_utf8(value)]:
+        raise QueryError(f"the value of ${wrong[0]} is not text in UTF-8")
     with views(store, report, memory) as found:
         check_parameters(_the_select(found.con, query).named_parameters, parameters or ())
         try:
