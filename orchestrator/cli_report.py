@@ -45,6 +45,8 @@ def report(sweep: str, x: str, y: str, store: str, output: Path | None) -> None:
     from storage.report import draw, gather, page
 
     path = output or Path(f"{sweep}.html")
+    if not path.name:
+        raise click.UsageError("--output: give the name of a file")
     if path.suffix not in (".html", ".htm"):
         raise click.UsageError(f"{path}: a report is HTML; name it {path.with_suffix('.html')}")
     if not path.parent.is_dir():
