@@ -72,8 +72,7 @@ class Driver:
 
     def withdraw(self) -> None:
         """Remove this driver's note, in a process that is about to end at once."""
-        with suppress(StoreError):
-            self._store.scratch.forget(f"drivers/{self.id}")
+        self.sign.withdraw()
 
     def leave(self, shard_id: str) -> None:
         """Another driver has this shard, as a worker has found: leave it until the next look says otherwise."""

@@ -73,14 +73,19 @@ class Sign:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        try:
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Remove the note for good, without waiting for the thread that renews it."""
+        self._end.set()
+        with self._lock, suppress(StoreError):
             self._store.scratch.forget(self._name)
-        except StoreError:
-            return
 
     def beat(self, **more: Any) -> bool:
         """Renew the note now; whether that could be done. Of two threads that do, the later note stays."""
         with self._lock:
+            if self._end.is_set():
+                return False
             note = {**self._who, **self._about(), **more, "beat_at": utc_now().isoformat(timespec="milliseconds")}
             try:
                 self._store.scratch.renew(self._name, note)

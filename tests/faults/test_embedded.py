@@ -21,6 +21,8 @@ from orchestrator.errors import ClusterError, UserError
 from orchestrator.guardian import processes, sessions_of
 from orchestrator.watch import ClusterLost, Watch, reconnect_seconds, watched
 from storage.machine import is_alive, process_started
+from storage.signs import Sign
+from storage.store import Store
 from tests.faults.quick import spec
 from tests.faults.runs import Sweep, quick
 from tests.s3 import BUCKET, s3_server
@@ -253,3 +255,12 @@ def test_sessions_of_a_driver() -> None:
     assert mine.search("/tmp/ray/session_2026-12-01_17-23-20_969337_123/logs/x")
     for other in ("/session_2026-12-01_17-23-20_969337_1234/x", "/data/run_123/x", "/session_latest/123"):
         assert not mine.search(other)
+
+
+def test_a_note_that_was_withdrawn_stays_so(tmp_path: Path) -> None:
+    """Its thread, which still runs in a process that ends at once, does not write it again."""
+    store = Store(tmp_path)
+    with Sign(store, "drivers", dict) as sign:
+        assert len(store.scratch.notes("drivers")) == 1
+        sign.withdraw()
+        assert not sign.beat() and store.scratch.notes("drivers") == {}
