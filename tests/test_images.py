@@ -327,6 +327,22 @@ def test_a_folder_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None
         prepare(name, tmp_path, 0.0, CPU, planned)
 
 
+@pytest.mark.parametrize("made", [small, large])
+def test_a_bit_that_flips_in_an_image_is_found(made: Callable[..., Path], tmp_path: Path) -> None:
+    """Size and time are as they were, the folder's inspection is remembered: the image that is read is refused."""
+    root = made(tmp_path / "data")
+    planned, one = content(root), root / "train" / "dog" / "002.jpg"
+    times, flipped = one.stat(), bytearray(one.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    one.write_bytes(flipped)
+    os.utime(one, ns=(times.st_atime_ns, times.st_mtime_ns))
+    folders.look.cache_clear()
+    assert content(root) == planned
+    with pytest.raises(ValueError, match=r"train/dog/002.jpg could be read before .* its content has changed"):
+        data = prepare(f"imagefolder:{root}", tmp_path, 0.0, CPU, planned)  # here those in memory
+        list(data.train.in_order(3))
+
+
 @pytest.mark.parametrize("name", ["imagefolder:", "mnst", "cifar"])
 def test_names_that_cannot_be(name: str) -> None:
     """What is allowed is said."""

@@ -81,6 +81,9 @@ JUDGED = 2
 
 _STAT = ("path", "bytes", "changed")
 
+DIGEST = 8
+"""Bytes of the SHA-256 of an image that are kept to compare what is read with what was inspected."""
+
 
 class BadFolder(ValueError):
     """Why a folder cannot be used as a data set."""
@@ -108,11 +111,16 @@ class Verdict:
 @dataclass(frozen=True)
 class Part:
     """The images of train or test that can be decoded, in the order of their paths below the folder, each one's
-    class as its number, and those that cannot be."""
+    class as its number, and those that cannot be. `digests` has DIGEST bytes of the SHA-256 of each image."""
 
     paths: Sequence[str]
     labels: Sequence[int]
     damaged: Sequence[str]
+    digests: bytes
+
+    def digest(self, number: int) -> bytes:
+        """Return the digest of the image with this number."""
+        return self.digests[DIGEST * number : DIGEST * (number + 1)]
 
 
 @dataclass(frozen=True)
@@ -209,12 +217,13 @@ def look(root: Path, receiver: Receiver) -> Folder:
     known = _inspected(root, every, receiver.report)
     _check_levels(root, known)
     damaged = {os.fsdecode(path): damage for path, damage in _rows(known, "path", "damage") if damage is not None}
+    digests = {os.fsdecode(path): bytes.fromhex(sha256)[:DIGEST] for path, sha256 in _rows(known, "path", "sha256")}
     sizes = {(width, height) for width, height in set(_rows(known, "width", "height")) if width}
     return Folder(
         root,
         tuple(files[train]),
-        _part(root / train, files[train], damaged),
-        _part(root / test, files[test], damaged),
+        _part(root / train, files[train], damaged, digests),
+        _part(root / test, files[test], damaged, digests),
         sizes.pop() if len(sizes) == 1 else None,
         _content(known),
     )
@@ -331,7 +340,9 @@ def _check_levels(root: Path, known: pa.Table) -> None:
         )
 
 
-def _part(part: Path, classes: Mapping[str, Sequence[Stat]], damaged: Mapping[str, str]) -> Part:
+def _part(
+    part: Path, classes: Mapping[str, Sequence[Stat]], damaged: Mapping[str, str], digests: Mapping[str, bytes]
+) -> Part:
     every = [(stat[0], label) for label, stats in enumerate(classes.values()) for stat in stats]
     good = [(path, label) for path, label in every if path not in damaged]
     bad = [path for path, _ in every if path in damaged]
@@ -342,7 +353,7 @@ def _part(part: Path, classes: Mapping[str, Sequence[Stat]], damaged: Mapping[st
             "replace or remove them"
         )
     paths, labels = zip(*good, strict=True)
-    return Part(paths, labels, bad)
+    return Part(paths, labels, bad, b"".join(digests[path] for path in paths))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -430,10 +441,13 @@ def _inspect(path: Path) -> Verdict:
     return Verdict(sha256, width, height, scaled=scaled, highest=highest)
 
 
-def picture(path: Path) -> Any:
+def picture(path: Path, digest: bytes | None = None) -> Any:
     """Return an image file as an RGB image of PIL with 8-bit levels. Raises OSError, Unsupported, or what PIL's
-    decoders raise."""
-    with _opened(_content_of(path)) as image:
+    decoders raise; ValueError where the file does not have the `digest`."""
+    content = _content_of(path)
+    if digest is not None and not hashlib.sha256(content).digest().startswith(digest):
+        raise ValueError("its content has changed since the folder was inspected; run the spec again")
+    with _opened(content) as image:
         return in_colours(image)
 
 

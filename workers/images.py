@@ -52,7 +52,7 @@ def in_memory(folder: Folder) -> tuple[Split, Split]:
 def _decoded(root: Path, part: Part) -> np.ndarray:
     """Bytes [N, H, W, 3]."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return np.stack(list(pool.map(lambda path: np.asarray(_opened(root, path)), part.paths)))
+        return np.stack(list(pool.map(lambda number: np.asarray(_opened(root, part, number)), range(len(part.paths)))))
 
 
 def _mean_and_std(images: np.ndarray) -> tuple[Color, Color]:
@@ -67,10 +67,12 @@ def _mean_and_std(images: np.ndarray) -> tuple[Color, Color]:
     return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
 
 
-def _opened(root: Path, path: str) -> Any:
-    """A decoded picture in three colours. Raises ValueError naming a file that has changed since it was looked at."""
+def _opened(root: Path, part: Part, number: int) -> Any:
+    """A decoded picture in three colours. Raises ValueError naming a file whose content has changed since the folder
+    was inspected, though its size and its time may not have."""
+    path = part.paths[number]
     try:
-        return picture(root / path)
+        return picture(root / path, part.digest(number))
     except MemoryError:
         raise
     except Exception as error:  # its decoders raise many kinds
@@ -144,7 +146,7 @@ class _Pictures(loading.Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
         from torchvision.transforms.v2 import functional as tv
 
-        picture = _opened(self.root, self.part.paths[number])
+        picture = _opened(self.root, self.part, number)
         if self.draws is None:
             seen = tv.center_crop(tv.resize(picture, [RESIZED]), [CROP])
         else:
