@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
-from models.weights import NotRegular, open_regular
+from storage.userfiles import NotRegular, mode_of, open_regular
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +67,7 @@ def parsed(reference: str) -> Reference:
     if unknown := [key for key in arguments if key != "revision"]:
         raise ValueError(f"hf/{path} takes the argument revision alone, not {unknown[0]}")
     folder = Path(path).expanduser()
-    if path and folder.is_dir():
+    if path and stat.S_ISDIR(mode_of(folder)):
         if arguments:
             raise ValueError(f"hf/{path} is a folder here and has no revision: leave `?{query}` out")
         return Reference(path, folder.absolute())
@@ -196,7 +197,7 @@ def read_config(found: Reference) -> dict[str, Any]:
         raise ValueError(f"hf/{found.name}: the folder has no config.json") from None
     except NotRegular as error:
         raise ValueError(f"hf/{found.name}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"hf/{found.name}: config.json is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"hf/{found.name}: config.json is no config of transformers")
@@ -274,8 +275,9 @@ def _check_files(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            with open_regular(index) as file:
+                named = sorted(set(json.loads(file.read())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index} is no index of weights: {error!r}") from error
         if missing := [name for name in named if not (folder / name).is_file()]:
             raise ValueError(f"{index} names {missing[0]}, which is not beside it: fetch the whole folder")

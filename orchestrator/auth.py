@@ -13,6 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.userfiles import read_regular
+
+MAX_TOKEN_BYTES = 2**16
+
 HOW = (
     "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or "
     "in ~/.ray/auth_token"
@@ -38,7 +42,7 @@ def token(environ: Mapping[str, str] = os.environ) -> Token:
     path = Path(named) if named else _of_home(environ)
     source = f"RAY_AUTH_TOKEN_PATH={named}" if named else str(path)
     try:
-        value = path.read_text(encoding="utf-8").strip()
+        value = read_regular(path, MAX_TOKEN_BYTES).decode().strip()
     except (OSError, UnicodeDecodeError):
         value = ""
     if value:

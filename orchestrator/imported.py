@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from storage.manifest import plan_content, read_plan
 from storage.phases import Report, silent
 from storage.records import IMPORTED, Cell, Removed, Row, Shard, Task, Tasks, row_for
 from storage.reference_logs import LoggedCandidate, LoggedEpoch, ReferenceLog, Values, read_log
+from storage.userfiles import open_regular
 
 if TYPE_CHECKING:
     from storage.manifest import Manifest
@@ -77,7 +79,7 @@ def read_logs(paths: Sequence[Path], report: Report = silent) -> list[ReferenceL
     for number, path in enumerate(files, 1):
         report("reading log", number, len(files))
         try:
-            with path.open(encoding="utf-8", errors="replace") as lines:
+            with open_regular(path) as file, io.TextIOWrapper(file, encoding="utf-8", errors="replace") as lines:
                 logs.append(read_log(lines, str(path)))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error

@@ -25,7 +25,7 @@ from storage import statistics
 from storage.encoding import repeated
 from storage.errors import DamagedError, QueryError
 from storage.manifest import PLAN_SCHEMA
-from storage.printable import is_utf8
+from storage.printable import is_utf8, printable
 from storage.rowfiles import ROW_FILES_SCHEMA, Problem, chosen, warn_skipped
 from storage.schema import COLUMNS, SCHEMA
 from storage.statistics.p_values import p_of
@@ -93,6 +93,8 @@ class Views:
         Read is what DuckDB's plan of it scans, or what is `expected` to be scanned, and more until the plan over what
         was read scans nothing else.
         """
+        if not is_utf8(query):
+            raise QueryError("the query, or a name in it, is not text in UTF-8")
         try:
             if not (expected and self._columns.issuperset(expected)):
                 self.read(expected or self._scanned(query, parameters))
@@ -299,7 +301,9 @@ def run_query(
 
 
 def quoted(text: str) -> str:
-    """`text` as an SQL string."""
+    """`text` as an SQL string. Raises QueryError where it is not text in UTF-8."""
+    if not is_utf8(text):
+        raise QueryError(f"{printable(text)} is not text in UTF-8")
     return "'" + text.replace("'", "''") + "'"
 
 

@@ -115,7 +115,8 @@ class Store:
 
     def check_exists(self) -> None:
         """Raise StoreError where nothing was ever stored here. A store that was emptied still has its folders."""
-        emptied = self.is_local and any(Path(self.root, name).is_dir() for name in ("rows", "sweeps", "aside"))
+        folders = [f"{self.root}/{name}" for name in ("rows", "sweeps", "aside")] if self.is_local else []
+        emptied = any(map(os.path.isdir, folders))  # False too for a name that is too long
         if not (emptied or self.exists()):
             raise StoreError(f"no store at {self.location}: nothing was run there yet (--store or PRUNESWEEP_STORE)")
 

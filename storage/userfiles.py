@@ -39,6 +39,15 @@ def open_regular(path: Path) -> io.BufferedReader:
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
+def mode_of(path: Path) -> int:
+    """Return the mode of what a path leads to, for `stat.S_ISDIR` and the like; 0 where it leads to nothing, also for a
+    name that no file can have."""
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0
+
+
 class TooLarge(OSError):
     """A file with more bytes than are allowed."""
 

@@ -20,10 +20,17 @@ import pytest
 from PIL import Image, ImageFile
 
 import usercode
+from models import multimodal
+from orchestrator.errors import UserError
+from orchestrator.imported import read_logs
+from storage.errors import QueryError, StoreError
 from storage.printable import printable
+from storage.sql import quoted, run_query
+from storage.store import Store
 from storage.userfiles import NotRegular, open_regular
 from tests.conversations import items_of, make_data
 from workers import folders
+from workers.conversations import read_json
 from workers.datasets import DATASETS, Dataset, Split, dataset_content, find_dataset
 from workers.folders import BadFolder
 from workers.multimodal import find_llava, llava_content, load_llava
@@ -346,3 +353,45 @@ def test_code_and_kept_networks_are_regular_files(tmp_path: Path, monkeypatch: p
         usercode.fingerprint("mine:build")
     with pytest.raises(ValueError, match="is a FIFO"):
         load_network(package / "pipe.py")
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"weight_map": {"a": ["x"]}}', "9" * 5000, ""])
+def test_json_of_any_depth_and_size_is_a_message(content: str, tmp_path: Path) -> None:
+    """Deeper than Python follows, with numbers longer than it reads."""
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json is no"):
+        multimodal._check_files(tmp_path)
+    if "weight" not in content:
+        with pytest.raises(ValueError, match=r"index\.json is no JSON"):
+            read_json(file)
+
+
+def test_logs_are_regular_files(tmp_path: Path) -> None:
+    """Neither a FIFO nor a device without an end is read."""
+    os.mkfifo(tmp_path / "a.log")
+    for path, said in ((tmp_path / "a.log", "is a FIFO"), (Path("/dev/zero"), "is a character device")):
+        with pytest.raises(UserError, match=said):
+            read_logs([path])
+
+
+def test_text_that_is_not_utf8_is_refused_by_sql(tmp_path: Path) -> None:
+    """In a query, a value and a name, as arguments of a shell can have it."""
+    store = Store(tmp_path)
+    store.commit("rows/a.parquet", b"")
+    for sql, values in (("select '\udcff'", {}), ("select $a", {"a": "\udcff"})):
+        with pytest.raises(QueryError, match="not text in UTF-8"):
+            run_query(store, sql, parameters=values)
+    with pytest.raises(QueryError, match="not text in UTF-8"):
+        quoted("\udcff")
+    with pytest.raises(StoreError, match="UTF-8"):
+        Store(tmp_path / "\udcff")
+
+
+@pytest.mark.parametrize("name", ["imagefolder:", "llava:"])
+def test_a_name_that_no_file_can_have_is_a_folder_that_is_missing(name: str, tmp_path: Path) -> None:
+    """The system refuses to look at a name of more than 255 bytes."""
+    with pytest.raises(ValueError, match=r"(cannot be read|has no)"):
+        find_dataset(f"{name}{'x' * 5000}", str(tmp_path))
+    with pytest.raises(ValueError, match="no such folder"):
+        multimodal.parsed("x" * 5000)

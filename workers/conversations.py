@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from storage.printable import printable
-from storage.userfiles import open_regular
+from storage.userfiles import mode_of, open_regular
 
 IMAGE = "<image>"
 """Stands in a question where the image is."""
@@ -63,7 +64,7 @@ def read_json(file: Path) -> Any:
             return json.load(opened)
     except OSError as error:
         raise ValueError(f"{printable(file)} cannot be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{printable(file)} is no JSON: {error}") from error
 
 
@@ -74,8 +75,8 @@ def item_of(data: Any, where: str, at: int, images: Path) -> Item:
     if not isinstance(data.get("image"), str):
         raise ValueError(f"{where} names no image: every item needs one, a file under {printable(images)}")
     image = images / data["image"]
-    if not image.is_file():
-        wrong = "the image is not a regular file:" if image.exists() else "there is no image"
+    if not stat.S_ISREG(kind := mode_of(image)):
+        wrong = "the image is not a regular file:" if kind else "there is no image"
         raise ValueError(f"{where}: {wrong} {printable(image)}; `image` names a file under {printable(images)}")
     turns = tuple(_turns(data["conversations"], where))
     letters = tuple(_letters(data, turns, where))

@@ -169,15 +169,15 @@ def _shape(folder: Folder) -> Shape:
 
 
 def _looked(name: str, root: Path, report: Report) -> Folder:
-    if not root.is_dir():
-        raise DataMissing(
-            f"the data set {name} is not there: no folder {printable(root)} (a path that is not absolute is taken "
-            "from the data root: --data-root, PRUNESWEEP_DATA_ROOT)"
-        )
     try:
-        return look(root, Receiver(report))
+        if root.is_dir():
+            return look(root, Receiver(report))
     except OSError as error:
         raise BadFolder(f"{printable(root)} cannot be read: {error}") from None
+    raise DataMissing(
+        f"the data set {name} is not there: no folder {printable(root)} (a path that is not absolute is taken "
+        "from the data root: --data-root, PRUNESWEEP_DATA_ROOT)"
+    )
 
 
 def _load(folder: Folder) -> tuple[Samples, Samples]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.multimodal import hash_of
 from storage.printable import printable
+from storage.userfiles import mode_of
 from workers.conversations import IMAGE, Item, read_items, read_json, read_list
 from workers.datasets import DataMissing, Dataset, Split
 from workers.folders import Unsupported, picture
@@ -39,7 +40,7 @@ def find_llava(path: str) -> Dataset:
     """
     folder = Path(path)
     for part in FILES:
-        if not (folder / part).exists():
+        if not mode_of(folder / part):
             raise DataMissing(
                 f"llava:{path} has no {part}; there must be {', '.join(FILES)}. `processor` is the folder of the "
                 "networks' tokenizer and image processor, or a link to one"
