@@ -304,6 +304,7 @@ def test_sums_are_numbers() -> None:
 def test_times_and_intervals_are_text(tmp_path: Path) -> None:
     """How long a task took, `finished_at - started_at`, has every form, Parquet too."""
     took = "timestamp '2025-01-31 13:00:02.5' - timestamp '2025-01-30 12:00:00' as took, interval 14 month as long"
+    (tmp_path / "rows").mkdir()
     answer = run_query(Store(tmp_path), f"select {took}, date '2025-01-31' as day, time '12:00' as time")
     expected = ["1 day, 1:00:02.500000", "14 months, 0:00:00", "2025-01-31", "12:00:00"]
     assert list(json.loads(_text(answer, "json"))[0].values()) == expected
