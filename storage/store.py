@@ -60,8 +60,11 @@ def check_location(location: str) -> None:
     """Raise StoreError where the text cannot be a store's location."""
     if not location or location.endswith("://") or "\0" in location:
         raise StoreError(f"{location!r} is no store location: give a folder, or a URI as s3://bucket/prefix")
-    user, at, _ = location.partition("://")[2].partition("/")[0].rpartition("@")
-    if at and not _names_no_secret(location.partition("://")[0], unquote(user)):  # it would be shown
+    scheme, _, rest = location.partition("://")
+    authority = rest.partition("/")[0]
+    user, at, _ = authority.rpartition("@")
+    cut = KINDS.get(scheme) in ("s3", "gs") and ":" in authority  # KEY:SECRET@bucket, where the secret has a slash
+    if cut or (at and not _names_no_secret(scheme, unquote(user))):  # it would be shown
         raise StoreError("a store's URI holds no credentials: they belong in the environment (AWS_ACCESS_KEY_ID, ...)")
     kind_of(location)
 

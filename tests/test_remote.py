@@ -60,7 +60,15 @@ def test_an_unknown_scheme_is_refused_with_those_that_are_known(scheme: str) -> 
 
 
 @pytest.mark.parametrize(
-    "location", ["s3://key:secret@b/p", "s3://key@b/p", "nosuch://u:secret@h/p", "abfs://c%3Asecret@a/p", "gs://me@b/p"]
+    "location",
+    [
+        "s3://key:secret@b/p",
+        "s3://key:se/secret@b/p",
+        "s3://key@b/p",
+        "nosuch://u:secret@h/p",
+        "abfs://c%3Asecret@a/p",
+        "gs://me@b/p",
+    ],
 )
 def test_credentials_in_a_uri_are_refused_and_not_shown(location: str) -> None:
     """They would be shown wherever the store is named."""
