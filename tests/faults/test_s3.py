@@ -205,7 +205,7 @@ def test_a_commit_without_credentials_is_a_store_error_and_can_be_repeated(
     ):
         _soon(work)
     assert files(behind) == []
-    assert (behind.statuses(), behind.sweeps(), behind.exists()) == ({}, [], False)
+    assert (behind.sweeps(), behind.exists()) == ([], False)
 
     proxy.heal()
     store.check_writable()
