@@ -189,7 +189,7 @@ def test_a_laptop_needs_neither_the_data_nor_the_store(
 ) -> None:
     """A network of a library on data that only the cluster has, in a bucket that only the cluster reaches."""
     sent: list[Job] = []
-    monkeypatch.setattr("orchestrator.jobs.submit_job", lambda server, job: sent.append(job) or "tiny-1")
+    monkeypatch.setattr("orchestrator.jobs.submit_job", lambda server, job, *_: sent.append(job) or "tiny-1")
     monkeypatch.chdir(tmp_path)
     text = TINY.replace("lenet5_mini", "torchvision/resnet18").replace("synthetic", "imagenet")
     Path("tiny.yaml").write_text(text.replace("conv1", "layer1.0.conv1"))

@@ -346,7 +346,7 @@ def test_a_section_that_fails_says_why_and_the_report_still_comes(
 ) -> None:
     """One part's error is its own."""
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise ArithmeticError(EVIL)
 
     monkeypatch.setattr("storage.criteria.bench", broken)

@@ -24,7 +24,7 @@ def main() -> None:
     asked.add_argument("--store", default="results")
     given = asked.parse_args()
     store = Store(given.store)
-    known = store.statuses()
+    known = store.statuses() if store.exists() else {}
     published = table_to_rows(conform(pq.read_table(FOLDER / f"{given.study}.parquet")))
     rows = [row for row in published if known.get(row.task_id) != "done"]
     if rows:

@@ -90,7 +90,7 @@ def ray_up() -> Iterator[None]:
             patch.dict(os.environ, {"QUICK_SECONDS": "0", "QUICK_POISON": "{}"}),
             patch.object(orchestrator.cluster, "SETUP_HOOK", quick.plant),
             orchestrator.cluster.connected(Options()),
-            patch.object(orchestrator.run, "connected", lambda _: nullcontext()),
+            patch.object(orchestrator.run, "connected", lambda *_: nullcontext()),
         ):
             yield
     finally:

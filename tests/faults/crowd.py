@@ -199,6 +199,7 @@ def traffic(location: str, seconds: float, compactors: int) -> dict[str, Any]:
         add(others, -1)
         return merged
 
+    Path(location, "rows").mkdir()  # readers may come before the first writer
     writers = [lambda number=number: write(number) for number in range(2)]
     answers = _at_once([lambda: read(True), lambda: read(False), *[merge] * compactors, *writers])
     return {"looks": answers[0] + answers[1], "merged": answers[2:-2], "rows": ended.value}

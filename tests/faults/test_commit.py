@@ -133,6 +133,7 @@ def check_commit(store: Path, whole: bytes) -> None:
     committed = (store / NAME).exists()
     for _ in range(2):
         assert not committed or (store / NAME).read_bytes() == whole
+        (store / "rows").mkdir(parents=True, exist_ok=True)  # where the kill came first, there is no store to read yet
         found = seen(store)
         assert (len(found["attempts"]), len(found["rows"])) == (committed, committed)
         assert found["statuses"] == ({TASK.task_id: "done"} if committed else {})

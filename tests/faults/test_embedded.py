@@ -217,6 +217,15 @@ def test_an_agent_that_is_late(tmp_path: Path) -> None:
     assert code == 0 and "trying again with a timeout of 120 s" in said, said
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as in a terminal: a shell that starts a process in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_watch() -> None:
     """A process that dies, a node that is dead, a store that does not answer: KeyboardInterrupts become ClusterLost;
     other errors are their own."""
