@@ -30,11 +30,11 @@ class Phases:
     """A command's phases, reported by calling this; see storage.phases.Report.
 
     A thread prints them. It runs from the first phase to `rest`. With a `counted` run the phase is part of the run's
-    progress.
+    progress. One that is not `shown` prints nothing and starts no thread.
     """
 
-    def __init__(self, quiet: float = QUIET_SECONDS, again: float = HEARTBEAT_SECONDS) -> None:
-        self._quiet, self._again = quiet, again
+    def __init__(self, quiet: float = QUIET_SECONDS, again: float = HEARTBEAT_SECONDS, *, shown: bool = True) -> None:
+        self._quiet, self._again, self._shown = quiet, again, shown
         self._phase: Phase | None = None
         self._began = self._last = self._worked = time.monotonic()
         self._printed: str | None = None
@@ -53,7 +53,7 @@ class Phases:
     def __call__(self, name: str, at: int = 0, of: int = 0, unit: str = "") -> None:
         """Be at this phase from now on. Only the main thread of a command may call this."""
         self._phase = Phase(name, at, of, unit)
-        if self._thread is None:
+        if self._thread is None and self._shown:
             self._begin()
 
     def rest(self) -> None:
@@ -111,10 +111,10 @@ class Phases:
 
 
 def phases() -> Phases:
-    """Return the phases of the command that runs; outside a command, phases of their own."""
+    """Return the phases of the command that runs; outside a command nobody would end them, and they are not shown."""
     context = click.get_current_context(silent=True)
     found = context.find_root().obj if context else None
-    return found["phases"] if isinstance(found, dict) and "phases" in found else Phases()
+    return found["phases"] if isinstance(found, dict) and "phases" in found else Phases(shown=False)
 
 
 class _Line:

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ import pytest
 
 from orchestrator import cli, cli_corr, drivers, status
 from orchestrator.documents import Document
-from orchestrator.phases import CLEAR, Phases, fitted
+from orchestrator.phases import CLEAR, Phases, fitted, phases
 from orchestrator.plan import check
 from orchestrator.preflight import Subject, preflight
 from orchestrator.progress import Progress
@@ -344,3 +345,10 @@ def test_a_counter_is_written_down_now_and_then(tmp_path: Path, monkeypatch: pyt
         pulse.phase("measuring")
         pulse._tick()
         assert written[-1]["name"] == "measuring"
+
+
+def test_outside_a_command_no_thread_is_left() -> None:
+    """A notebook that asks the store reads its answer, and no line for the rest of its life."""
+    before = threading.active_count()
+    phases()("asking the store")
+    assert threading.active_count() == before
