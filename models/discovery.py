@@ -152,7 +152,7 @@ def _cannot_go(model: nn.Module, layer: str, sets: Sets, graph: Graph, example: 
 def _fault(
     model: nn.Module, removed: dict[str, tuple[int, ...]], graph: Graph, example: Any, has_values: bool
 ) -> str | None:
-    """What goes wrong without these channels; None where nothing does, or where their number alone is in the way."""
+    """Return what goes wrong without these channels; None where nothing does, or only their number is in the way."""
     import torch
 
     from pruners.equivalence import LIMIT, equivalence

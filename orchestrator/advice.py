@@ -25,8 +25,8 @@ SPEC, OPTIONS = "prunesweep_spec", "prunesweep_options"
 
 @dataclass(frozen=True)
 class Given:
-    """How a run was started: SPEC and its --set (empty where no file or study holds the spec), the other options, and
-    whether it is a submitted job."""
+    """Record how a run was started: SPEC and its --set, the other options, and whether it is a submitted job. `spec` is
+    empty where no file or study holds the spec."""
 
     spec: tuple[str, ...]
     options: tuple[str, ...]
@@ -79,14 +79,19 @@ def own_content(store: Store, manifest: Manifest) -> list[str]:
 
 def next_command(store: Store, manifest: Manifest, started: Given) -> str:
     """Return the command that runs the tasks of a sweep that are left, whether the user's code was edited or not."""
-    return started.run(store, manifest) if own_content(store, manifest) else started.resume(manifest.sweep)
+    return _command(store, manifest, started, own_content(store, manifest))
+
+
+def _command(store: Store, manifest: Manifest, started: Given, own: list[str]) -> str:
+    return started.run(store, manifest) if own else started.resume(manifest.sweep)
 
 
 def next_steps(store: Store, sweep: str, started: Given) -> str:
     """Return the lines that say how to continue a sweep whose run has ended with tasks left."""
     manifest = store.newest(sweep)
-    lines = [f"go on  {next_command(store, manifest, started)}"]
-    if own := own_content(store, manifest):
+    own = own_content(store, manifest)
+    lines = [f"go on  {_command(store, manifest, started, own)}"]
+    if own:
         lines += [
             f"The tasks that are left use {', '.join(own)}. An edit of it makes new tasks: this command plans and runs",
             "them, and skips the tasks that are done. `prunesweep resume` cannot run edited code.",

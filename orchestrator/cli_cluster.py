@@ -221,7 +221,7 @@ def send(
 def _given_again(
     server: str, location: str, data_root: str, spec: tuple[str, ...], more: tuple[str, ...], given: dict[str, Any]
 ) -> tuple[tuple[str, str], ...]:
-    """How a job was submitted, as metadata. Values of --env are left out: what a job advises is shown in its output."""
+    """Return how a job was submitted, as its metadata. Values of --env are left out, since a job prints its advice."""
     from orchestrator.advice import OPTIONS, SPEC
 
     words = ["--address", server, "--store", location, "--data-root", data_root, *more]

@@ -247,7 +247,7 @@ def _given(
     track: str | None,
     *more: str,
 ) -> Given:
-    """How a person started this run: SPEC with its --set, and the options."""
+    """Return how a person started this run: SPEC with its --set, and the options."""
     from orchestrator.advice import given
 
     where = ("--inline",) if inline else ("--address", address) if address else ()

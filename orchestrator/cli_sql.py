@@ -163,7 +163,7 @@ def _at_a_prompt(given: object, store: str, form: str, limits: Limits) -> None:
 
 
 MAX_QUERY_BYTES = 10**6
-"""Of a query from a file or standard input."""
+"""Maximum size of a query from a file or standard input, in bytes."""
 
 
 def _text_of(file: Path | None) -> str:

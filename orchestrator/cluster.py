@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 10.0
 
 EMBEDDED_SECONDS = 40.0
-"""How long the control store of an embedded Ray may be silent."""
+"""Maximum silence of the control store of an embedded Ray, in seconds."""
 
 _ASKED_FIRST = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 STORE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
-"""What Tune would copy from the driver to its workers."""
+"""Variables that Tune would copy from the driver to its workers."""
 
 _WORDS = frozenset({"TOKEN", "KEY", "KEYS", "PASS", "PWD", "AUTH", "PAT", "SAS", "DSN", "JWT", "COOKIE", "NETRC"})
 _PARTS = ("SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "APIKEY", "ACCESSKEY", "PRIVATEKEY", "AUTHTOKEN")

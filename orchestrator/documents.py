@@ -22,8 +22,8 @@ from storage.printable import printable
 Path_ = tuple[str | int, ...]
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 10**6, 50, 10**5
-"""Of a spec: its size, how deep lists and mappings stand in each other, and its keys and values once every alias is
-replaced by what it stands for."""
+"""Limits of a spec: its bytes, the depth of nested lists and mappings, and the number of keys and values after every
+alias is replaced by its node."""
 
 MAX_BITS = 128
 """Of a whole number; Python refuses to print long ones."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from orchestrator.documents import Document
 from orchestrator.errors import UserError
@@ -18,7 +17,7 @@ from orchestrator.progress import some
 from orchestrator.spec import load_spec
 from storage.errors import DamagedError
 from storage.records import Cell, titles
-from storage.rowfiles import Problem, warn_skipped
+from storage.rowfiles import Problem, is_in, warn_skipped
 
 if TYPE_CHECKING:
     from orchestrator.spec import SweepSpec
@@ -210,9 +209,8 @@ def _counts(
 
 def _done(store: Store) -> pa.ChunkedArray:
     """The ids of the tasks that are done."""
-    rows, _ = store.row_files(("task_id", "status"))
-    return rows["task_id"].filter(pa.array(rows["status"].to_numpy() == "done"))
+    return pa.chunked_array([[i for i, status in store.statuses().items() if status == "done"]], pa.string())
 
 
 def _is_in(values: pa.ChunkedArray, these: pa.ChunkedArray) -> np.ndarray:
-    return pc.call_function("is_in", [values], pc.SetLookupOptions(these.combine_chunks())).to_numpy()
+    return is_in(values, these.combine_chunks()).to_numpy()

@@ -23,6 +23,7 @@ from storage.rowfiles import (
     every_file,
     has_more,
     in_groups,
+    is_in,
     look,
     row_file,
     write_compacted,
@@ -86,7 +87,7 @@ def unplanned_rows(store: Store) -> UnplannedRows:
         elif len(_without(table, planned)):
             names.append(name)
             rows += len(unplanned)
-            kept[name] = once[name].filter(_is_in(once[name]["task_id"], planned))
+            kept[name] = once[name].filter(is_in(once[name]["task_id"], planned))
     groups = [pa.concat_tables([kept[name] for name in group]) for group in in_groups(kept)]
     tables = tuple(table for table in groups if len(table))
     size = sum(sizes.get(name.removeprefix("rows/"), 0) for name in names) - sum(len(parquet(one)) for one in tables)
@@ -119,12 +120,13 @@ def remove_rows(store: Store, found: UnplannedRows) -> int:
 def unneeded_networks(store: Store) -> UnneededNetworks:
     """Find the kept networks whose task no sweep plans, or which no row names. Changes nothing."""
     planned = set(_planned(store, tuple(store.manifests())).to_pylist())
-    rows = store.row_files(("kept_network",))[0] if store.row_file_names() else None
+    rows, problems = store.row_files(("kept_network",)) if store.row_file_names() else (None, [])
     named = set(rows["kept_network"].to_pylist()) if rows is not None else set[str]()
     sizes: dict[str, int] = {}
     for name, size in store.sizes("networks").items():
         match = NETWORK_NAME.fullmatch(name)
-        if match and (match[1] not in planned or f"networks/{name}" not in named):
+        unnamed = f"networks/{name}" not in named and not problems  # a damaged row file may name it
+        if match and (match[1] not in planned or unnamed):
             sizes[f"networks/{name}"] = size
     return UnneededNetworks(tuple(sorted(sizes)), sum(sizes.values()))
 
@@ -136,8 +138,4 @@ def _planned(store: Store, plan: tuple[Manifest, ...]) -> pa.Array:
 
 
 def _without(rows: pa.Table, planned: pa.Array) -> pa.Table:
-    return rows.filter(pc.call_function("invert", [_is_in(rows["task_id"], planned)]))
-
-
-def _is_in(values: pa.ChunkedArray, these: pa.Array) -> pa.ChunkedArray:
-    return pc.call_function("is_in", [values], pc.SetLookupOptions(these))
+    return rows.filter(pc.call_function("invert", [is_in(rows["task_id"], planned)]))

@@ -132,7 +132,7 @@ def counted_once(tables: dict[str, pa.Table]) -> dict[str, pa.Table]:
         origins = set(table[ORIGIN].unique().to_pylist()) if is_compacted(name) else {name}
         twice = origins & seen
         if twice:
-            table = table.filter(pc.call_function("invert", [_is_in(table[ORIGIN], pa.array(sorted(twice)))]))
+            table = table.filter(pc.call_function("invert", [is_in(table[ORIGIN], pa.array(sorted(twice)))]))
         kept[name] = table
         seen |= origins
     return kept
@@ -156,7 +156,8 @@ def chosen(rows: pa.Table) -> pa.ChunkedArray | pa.Array:
     return pa.array(found)
 
 
-def _is_in(values: pa.ChunkedArray, these: pa.Array) -> pa.ChunkedArray:
+def is_in(values: pa.ChunkedArray, these: pa.Array) -> pa.ChunkedArray:
+    """Return which of the `values` are among `these`."""
     return pc.call_function("is_in", [values], pc.SetLookupOptions(these))
 
 
@@ -201,7 +202,7 @@ class Attempts:
         if name not in self._read:
             found = row_file(self._store, name, ATTEMPTS_COLUMNS)
             if not isinstance(found, Problem):
-                found = found.filter(_is_in(found["task_id"], self._tasks))
+                found = found.filter(is_in(found["task_id"], self._tasks))
             self._read[name] = found
         return self._read[name]
 

@@ -330,10 +330,6 @@ class Store:
         """Return all expansions of a sweep, the oldest first."""
         return [Manifest(name, stem) for stem in sorted(self._stems(name, ".parquet"))]
 
-    def expansion(self, manifest: Manifest) -> tuple[bytes, bytes]:
-        """Return the spec of an expansion and its tasks as bytes. Raises DamagedError, StoreError."""
-        return self._expansion(manifest)
-
     def newest(self, name: str) -> Manifest:
         """Return the newest expansion of a sweep, read once to verify it.
 
@@ -343,7 +339,7 @@ class Store:
         if manifest is None:
             self.check_exists()
             raise QueryError(f"no sweep {name} in {self.location}; there are: {', '.join(self.sweeps()) or 'none'}")
-        self._expansion(manifest)
+        self.expansion(manifest)
         return manifest
 
     def current(self, name: str) -> Manifest | None:
@@ -379,11 +375,11 @@ class Store:
 
     def spec_text(self, manifest: Manifest) -> str:
         """The spec of an expansion, as given (with its --set overrides applied)."""
-        spec, _ = self._expansion(manifest)
+        spec, _ = self.expansion(manifest)
         return spec.decode()
 
-    def _expansion(self, manifest: Manifest) -> tuple[bytes, bytes]:
-        """The spec of an expansion and its tasks, as they were written. Raises DamagedError, StoreError."""
+    def expansion(self, manifest: Manifest) -> tuple[bytes, bytes]:
+        """Return the spec of an expansion and its tasks, as they were written. Raises DamagedError, StoreError."""
         found: list[bytes] = []
         for file in manifest.files:
             try:
@@ -399,7 +395,7 @@ class Store:
 
     def _is_whole(self, manifest: Manifest) -> bool:
         try:
-            self._expansion(manifest)
+            self.expansion(manifest)
         except DamagedError:
             return False
         return True
@@ -407,7 +403,7 @@ class Store:
     def plan_table(self, manifest: Manifest, columns: Sequence[str] | None = None) -> pa.Table:
         """The tasks of an expansion, one line each, in order, of PLAN_SCHEMA; or some of its columns, and then
         those whose strings repeat as dictionaries."""
-        _, plan = self._expansion(manifest)
+        _, plan = self.expansion(manifest)
         wanted, repeating = list(columns or PLAN_SCHEMA.names), list(REPEATING) if columns else []
         try:
             file = pq.ParquetFile(pa.BufferReader(plan), read_dictionary=repeating)

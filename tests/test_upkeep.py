@@ -301,6 +301,16 @@ def test_rm_networks_removes_those_without_a_planned_task_or_a_row(store: Store,
     assert sorted(store.names("networks")) == sorted([Path(kept).name, "mine.txt"])
 
 
+def test_rm_networks_keeps_those_that_a_damaged_row_file_may_name(store: Store, run: Run) -> None:
+    """Its row cannot be read: networks of planned tasks stay, and one of a task that no sweep plans goes."""
+    store.commit_network("0" * 16, b"not planned")
+    kept = store.commit_network(B[1].task_id, b"named")
+    rows = Path(store.root, store.commit_rows("s1", [done(B[1], kept_network=kept)]))
+    rows.write_bytes(rows.read_bytes()[:-1])
+    assert run("rm", "--networks", "--yes")[2].endswith("removed 1 file, 11 bytes\n")
+    assert Path(kept).name in store.names("networks")
+
+
 @pytest.mark.parametrize("arguments", [("mini",), ("--unused",), ("--rows",), ("--networks",), ("--rows", "--unused")])
 def test_a_dry_run_removes_nothing(store: Store, run: Run, arguments: tuple[str, ...]) -> None:
     """For every form of rm: what would go is shown with its bytes, nothing is asked."""
